@@ -1,0 +1,60 @@
+// Table of contents of wdkernels._C.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu.h"
+#include "plan.h"
+
+namespace py = pybind11;
+using namespace wdk;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Fused optimizer steps. Use it through the optimizers of wdkernels.";
+
+  py::enum_<Decay>(m, "Decay")
+      .value("l2", Decay::l2)
+      .value("unmixed", Decay::unmixed)
+      .value("decoupled", Decay::decoupled)
+      .value("projection", Decay::projection);
+
+  py::enum_<DecayScale>(m, "DecayScale")
+      .value("lr", DecayScale::lr)
+      .value("relative_lr", DecayScale::relative_lr)
+      .value("corrected", DecayScale::corrected);
+
+  py::enum_<Schedule::Kind>(m, "ScheduleKind")
+      .value("constant", Schedule::Kind::constant)
+      .value("window", Schedule::Kind::window)
+      .value("linear", Schedule::Kind::linear)
+      .value("cosine", Schedule::Kind::cosine);
+
+  py::class_<Schedule>(m, "Schedule")
+      .def(py::init<Schedule::Kind, double, double, double>(), py::kw_only(), py::arg("kind"),
+           py::arg("start"), py::arg("end"), py::arg("steps"));
+
+  py::class_<Hyper>(m, "Hyper")
+      .def(py::init([](Decay decay, bool stable, bool anchored, bool amsgrad, bool cautious,
+                       bool maximize, double lr, double lr_max, double beta1, double beta2,
+                       double eps, double weight_decay, DecayScale decay_scale, Schedule first,
+                       Schedule second) {
+             return Hyper{decay, stable,       anchored,    amsgrad,        cautious, maximize, lr, lr_max, beta1, beta2,
+                          eps,   weight_decay, decay_scale, {first, second}};
+           }),
+           py::kw_only(), py::arg("decay"), py::arg("stable"), py::arg("anchored"),
+           py::arg("amsgrad"), py::arg("cautious"), py::arg("maximize"), py::arg("lr"),
+           py::arg("lr_max"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+           py::arg("weight_decay"), py::arg("decay_scale"), py::arg("first"), py::arg("second"));
+
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<py::dict, py::list>(), py::arg("state"), py::arg("groups"))
+      .def("add_parameter", &Plan::add_parameter, py::kw_only(), py::arg("parameter"),
+           py::arg("weight"), py::arg("state"), py::arg("group"))
+      .def("set_hyper", &Plan::set_hyper, py::arg("group"), py::arg("hyper"))
+      .def("gather", &Plan::gather, py::arg("state"), py::arg("groups"))
+      .def("set_gradient", &Plan::set_gradient, py::arg("position"), py::arg("gradient"))
+      .def("step", &Plan::step);
+
+  m.def("instruction_sets", &instruction_sets, "What this build has and this processor runs.");
+  m.def("instruction_set", &instruction_set, "The one in use.");
+  m.def("use_instruction_set", &use_instruction_set, py::arg("name"));
+}

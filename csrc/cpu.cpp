@@ -1,0 +1,275 @@
+// The CPU loops. They know streams, chunks and threads; the math is update.h's.
+//
+// This file is compiled once per instruction set (WDK_ISA: baseline, avx2, avx512) into a
+// namespace of that name; dispatch.cpp chooses at run time. It therefore calls nothing out of line
+// but OpenMP and libm: a shared inline function could be merged across instruction sets.
+#include "cpu.h"
+
+#ifndef WDK_ISA
+#define WDK_ISA baseline
+#endif
+
+namespace wdk::WDK_ISA {
+
+namespace {
+
+// Accumulators per sum. Fixed, so that every instruction set adds in the same order; 16 is what
+// vectorises best on all of them.
+constexpr int kLanes = 16;
+
+// A piece that stays in the L1 cache while several loops pass over it (6 x 4 KiB).
+constexpr int64_t kTile = 1024;
+
+template <class T>
+Coefficients<T> rounded(const Coefficients<double>& c) {
+  return {T(c.sign), T(c.one_minus_beta1), T(c.one_minus_beta2),
+          T(c.step_size), T(c.eps), T(c.decay)};
+}
+
+template <class T>
+struct Streams {
+  T* w;
+  const T* g;
+  T* m;
+  T* v;
+  T* vmax;
+  const T* a;
+
+  Streams(const Tensor& t, int64_t begin)
+      : w(static_cast<T*>(t.w) + begin),
+        g(static_cast<const T*>(t.g) + begin),
+        m(static_cast<T*>(t.m) + begin),
+        v(static_cast<T*>(t.v) + begin),
+        vmax(t.vmax ? static_cast<T*>(t.vmax) + begin : nullptr),
+        a(t.a ? static_cast<const T*>(t.a) + begin : nullptr) {}
+
+  void advance(int64_t n) {
+    w += n, g += n, m += n, v += n;
+    if (vmax) vmax += n;
+    if (a) a += n;
+  }
+};
+
+// ---- elementwise -------------------------------------------------------------------------------
+
+template <Decay decay, bool anchored, bool amsgrad, bool cautious, class T>
+void step(const Streams<T>& s, int64_t n, const Coefficients<T>& coefficients) {
+  const Coefficients<T> c = coefficients;  // a copy no store can alias
+  T* __restrict w = s.w;
+  const T* __restrict g = s.g;
+  T* __restrict m = s.m;
+  T* __restrict v = s.v;
+  T* __restrict vmax = s.vmax;
+  const T* __restrict a = s.a;
+  for (int64_t i = 0; i < n; ++i) {
+    Element<T> x{w[i], g[i], m[i], v[i], amsgrad ? vmax[i] : T(0), anchored ? a[i] : T(0)};
+    update<decay, anchored, amsgrad, cautious>(x, c);
+    w[i] = x.w;
+    m[i] = x.m;
+    v[i] = x.v;
+    if (amsgrad) vmax[i] = x.vmax;
+  }
+}
+
+template <bool anchored, class T>
+void pull(const Streams<T>& s, int64_t n, T shrink) {
+  T* __restrict w = s.w;
+  const T* __restrict a = s.a;
+  for (int64_t i = 0; i < n; ++i) w[i] = project<anchored>(w[i], anchored ? a[i] : T(0), shrink);
+}
+
+// ---- sums over elements ------------------------------------------------------------------------
+
+// N sums in kLanes accumulators each; term(i, terms) gives what element i adds to them.
+template <int N>
+struct Sums {
+  double lanes[N][kLanes] = {};
+
+  template <class Term>
+  WDK_INLINE void add(int64_t n, const Term& term) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+      for (int lane = 0; lane < kLanes; ++lane) add_one(i + lane, lane, term);
+    for (int lane = 0; i < n; ++i, ++lane) add_one(i, lane, term);
+  }
+
+  template <class Term>
+  WDK_INLINE void add_one(int64_t i, int lane, const Term& term) {
+    double terms[N];
+    term(i, terms);
+    for (int k = 0; k < N; ++k) lanes[k][lane] += terms[k];
+  }
+
+  double total(int k) const {
+    double sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += lanes[k][lane];
+    return sum;
+  }
+};
+
+template <class T>
+double sum_of_squares(const T* __restrict g, int64_t n) {
+  Sums<1> sums;
+  sums.add(n, [=](int64_t i, double* terms) { terms[0] = double(g[i]) * double(g[i]); });
+  return sums.total(0);
+}
+
+// The maximum has no recurrence, so this phase computes it and the next one computes it again.
+template <class T>
+double sum_of_maxima(const Streams<T>& s, int64_t n, T one_minus_beta2) {
+  const T* __restrict g = s.g;
+  const T* __restrict v = s.v;
+  const T* __restrict vmax = s.vmax;
+  Sums<1> sums;
+  sums.add(n, [=](int64_t i, double* terms) {
+    terms[0] = maximum(vmax[i], second_moment(v[i], g[i] * g[i], one_minus_beta2));
+  });
+  return sums.total(0);
+}
+
+// The step of a chunk and its part of the projection's sums, tile by tile.
+template <bool anchored, bool amsgrad, class T>
+ProjectionSums step_and_sum(Streams<T> s, int64_t n, const Coefficients<T>& c) {
+  T before[kTile];
+  Sums<3> sums;
+  for (int64_t size; n > 0; n -= size, s.advance(size)) {
+    size = n < kTile ? n : kTile;
+    for (int64_t i = 0; i < size; ++i) before[i] = s.w[i];
+    step<Decay::projection, anchored, amsgrad, false>(s, size, c);
+
+    const T* __restrict w = s.w;
+    const T* __restrict g = s.g;
+    const T* __restrict a = s.a;
+    const T sign = c.sign;
+    sums.add(size, [&before, w, g, a, sign](int64_t i, double* terms) {
+      const ProjectionSums p =
+          projection_terms<anchored>(before[i], sign * g[i], anchored ? a[i] : T(0), w[i]);
+      terms[0] = p.alignment;
+      terms[1] = p.distance2;
+      terms[2] = p.growth2;
+    });
+  }
+  return {sums.total(0), sums.total(1), sums.total(2)};
+}
+
+// ---- one chunk: run-time flags become template arguments here, and nowhere else -----------------
+
+template <bool value>
+struct Flag {
+  static constexpr bool on = value;
+};
+
+template <class Body>
+WDK_INLINE void with(bool flag, const Body& body) {
+  if (flag)
+    body(Flag<true>{});
+  else
+    body(Flag<false>{});
+}
+
+template <class Body>
+WDK_INLINE void with_type(DType type, const Body& body) {
+  if (type == DType::float32)
+    body(float{});
+  else
+    body(double{});
+}
+
+void reduce_chunk(const Work& work, int64_t index) {
+  const Chunk& chunk = work.chunks[index];
+  const Tensor& tensor = work.tensors[chunk.tensor];
+  const Row& row = work.rows[tensor.row];
+  with_type(tensor.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Streams<T> s(tensor, chunk.begin);
+    work.sums[index] = row.hyper.amsgrad
+                           ? sum_of_maxima(s, chunk.size, T(row.numbers.one_minus_beta2))
+                           : sum_of_squares(s.g, chunk.size);
+  });
+}
+
+void update_chunk(const Work& work, int64_t index) {
+  const Chunk& chunk = work.chunks[index];
+  const Tensor& tensor = work.tensors[chunk.tensor];
+  const Row& row = work.rows[tensor.row];
+  with_type(tensor.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Streams<T> s(tensor, chunk.begin);
+    const Coefficients<T> c = rounded<T>(row.numbers);
+    const int64_t n = chunk.size;
+    with(row.hyper.anchored, [&](auto anchored_flag) {
+      with(row.hyper.amsgrad, [&](auto amsgrad_flag) {
+        constexpr bool anchored = decltype(anchored_flag)::on;
+        constexpr bool amsgrad = decltype(amsgrad_flag)::on;
+        switch (row.hyper.decay) {
+          case Decay::l2:
+            return step<Decay::l2, anchored, amsgrad, false>(s, n, c);
+          case Decay::unmixed:
+            return step<Decay::unmixed, anchored, amsgrad, false>(s, n, c);
+          case Decay::decoupled:
+            if (row.hyper.cautious) return step<Decay::decoupled, anchored, amsgrad, true>(s, n, c);
+            return step<Decay::decoupled, anchored, amsgrad, false>(s, n, c);
+          case Decay::projection:
+            work.projections[index] = step_and_sum<anchored, amsgrad>(s, n, c);
+        }
+      });
+    });
+  });
+}
+
+void pull_chunk(const Work& work, int64_t index) {
+  const Chunk& chunk = work.chunks[index];
+  const Tensor& tensor = work.tensors[chunk.tensor];
+  const double shrink = work.shrink[chunk.tensor];
+  if (shrink == 0) return;
+  with_type(tensor.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Streams<T> s(tensor, chunk.begin);
+    with(work.rows[tensor.row].hyper.anchored,
+         [&](auto anchored) { pull<decltype(anchored)::on>(s, chunk.size, T(shrink)); });
+  });
+}
+
+void select(const Work& work, int32_t index) {
+  const Tensor& tensor = work.tensors[index];
+  ProjectionSums sums{};
+  for (int32_t k = tensor.first_chunk; k < tensor.last_chunk; ++k) {
+    sums.alignment += work.projections[k].alignment;
+    sums.distance2 += work.projections[k].distance2;
+    sums.growth2 += work.projections[k].growth2;
+  }
+  work.shrink[index] = selected_decay(work.rows[tensor.row].numbers.decay, sums);
+}
+
+}  // namespace
+
+// ---- all chunks --------------------------------------------------------------------------------
+
+void reduce(const Work& work) {
+#pragma omp parallel for schedule(dynamic) if (work.parallel)
+  for (int32_t i = 0; i < work.n_items; ++i)
+    for (int32_t k = work.items[i].first_chunk; k < work.items[i].last_chunk; ++k)
+      reduce_chunk(work, k);
+}
+
+void update(const Work& work) {
+#pragma omp parallel if (work.parallel)
+  for (int32_t b = 0; b < work.n_batches; ++b) {
+    const Batch batch = work.batches[b];
+#pragma omp for schedule(dynamic)
+    for (int32_t i = batch.first_item; i < batch.last_item; ++i)
+      for (int32_t k = work.items[i].first_chunk; k < work.items[i].last_chunk; ++k)
+        update_chunk(work, k);
+
+    if (!batch.projected) continue;
+#pragma omp for schedule(static)
+    for (int32_t t = batch.first_tensor; t < batch.last_tensor; ++t) select(work, t);
+    // Last written, first read: the end of a large batch is what the caches still hold.
+#pragma omp for schedule(dynamic)
+    for (int32_t i = batch.last_item - 1; i >= batch.first_item; --i)
+      for (int32_t k = work.items[i].first_chunk; k < work.items[i].last_chunk; ++k)
+        pull_chunk(work, k);
+  }
+}
+
+}  // namespace wdk::WDK_ISA

@@ -1,0 +1,44 @@
+// Which of cpu.cpp's instruction sets this processor runs.
+#include <stdexcept>
+
+#include "cpu.h"
+
+namespace wdk {
+
+#define WDK_DECLARE(isa)      \
+  namespace isa {             \
+  void reduce(const Work&);   \
+  void update(const Work&);   \
+  }
+WDK_DECLARE(baseline)
+#ifdef WDK_X86
+WDK_DECLARE(avx2)
+WDK_DECLARE(avx512)
+#endif
+#undef WDK_DECLARE
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names{"baseline"};
+#ifdef WDK_X86
+  if (__builtin_cpu_supports("avx2")) names.push_back("avx2");
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    names.push_back("avx512");
+#endif
+  return names;
+}
+
+CpuLoops cpu_loops(const std::string& instruction_set) {
+  for (const std::string& name : instruction_sets()) {
+    if (name != instruction_set) continue;
+#ifdef WDK_X86
+    if (name == "avx2") return {avx2::reduce, avx2::update};
+    if (name == "avx512") return {avx512::reduce, avx512::update};
+#endif
+    return {baseline::reduce, baseline::update};
+  }
+  throw std::invalid_argument("instruction set '" + instruction_set +
+                              "' is not in this build or not on this processor");
+}
+
+}  // namespace wdk

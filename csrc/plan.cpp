@@ -1,0 +1,296 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "cpu.h"
+
+namespace wdk {
+
+namespace {
+
+// Elements of a batch: its w~ and a should still be in the last-level cache at the second touch,
+// after the 24 bytes of each element have passed through it.
+constexpr int64_t kBatch = 1 << 20;
+
+// Waking the other threads costs as much as this many elements.
+constexpr int64_t kParallel = 2 * kChunk;
+
+struct Chosen {
+  std::string name = instruction_sets().back();
+  CpuLoops loops = cpu_loops(name);
+};
+
+Chosen& chosen() {
+  static Chosen instance;
+  return instance;
+}
+
+// The step count: a 0-d tensor of torch's default type.
+double read_number(const Layout& scalar) {
+  return scalar.dtype() == DType::float32 ? double(*static_cast<float*>(scalar.data()))
+                                          : *static_cast<double*>(scalar.data());
+}
+
+void write_number(const Layout& scalar, double value) {
+  if (scalar.dtype() == DType::float32)
+    *static_cast<float*>(scalar.data()) = static_cast<float>(value);
+  else
+    *static_cast<double*>(scalar.data()) = value;
+}
+
+Layout layout_of(const py::object& tensor) {
+  DLTensor view;
+  if (!read(tensor.ptr(), view) || view.device.device_type != dl::kCPU)
+    throw std::invalid_argument("not a strided CPU tensor");
+  return Layout(view);
+}
+
+}  // namespace
+
+void use_instruction_set(const std::string& name) { chosen() = {name, cpu_loops(name)}; }
+std::string instruction_set() { return chosen().name; }
+
+// ---- building ----------------------------------------------------------------------------------
+
+const std::array<PyObject*, Plan::kSlots>& Plan::slot_names() {
+  static const std::array<PyObject*, kSlots> names = {
+      PyUnicode_InternFromString("step"),           PyUnicode_InternFromString("exp_avg"),
+      PyUnicode_InternFromString("exp_avg_sq"),     PyUnicode_InternFromString("max_exp_avg_sq"),
+      PyUnicode_InternFromString("anchor"),         PyUnicode_InternFromString("exp_avg_sq_sum"),
+  };
+  return names;
+}
+
+Plan::Plan(py::dict state, py::list groups)
+    : state_(std::move(state)), groups_(std::move(groups)), hypers_(groups_.size()) {
+  for (py::handle group : groups_)
+    parameter_lists_.push_back(py::reinterpret_borrow<py::object>(group["params"]));
+  for (auto entry : state_)
+    state_values_.push_back(py::reinterpret_borrow<py::object>(entry.second));
+}
+
+void Plan::add_parameter(py::object parameter, py::object weight, py::object state, int32_t group) {
+  Parameter p;
+  p.tensor = {parameter, layout_of(parameter)};
+  p.weight = {weight, layout_of(weight)};
+  p.group = group;
+  p.state = state;
+  if (!state.is_none()) {
+    for (int slot = 0; slot < kSlots; ++slot) {
+      PyObject* tensor = PyDict_GetItem(state.ptr(), slot_names()[slot]);
+      if (!tensor) continue;
+      const auto object = py::reinterpret_borrow<py::object>(tensor);
+      p.slots[slot] = {object, layout_of(object)};
+      const bool scalar = slot == kStep || slot == kExpAvgSqSum;
+      DLTensor view;
+      read(tensor, view);
+      if (scalar ? numel(view) != 1 : !p.weight.layout.same_order(view))
+        throw std::invalid_argument("state tensor in another layout than its parameter");
+    }
+    const Hyper& h = hypers_.at(group);
+    const auto missing = [&](Slot slot) { return !p.slots[slot].object; };
+    if (missing(kStep) || missing(kExpAvg) || missing(kExpAvgSq) ||
+        (h.amsgrad && missing(kMaxExpAvgSq)) || (h.anchored && missing(kAnchor)) ||
+        (h.stable && !h.amsgrad && missing(kExpAvgSqSum)))
+      throw std::invalid_argument("incomplete state");
+  }
+  parameters_.push_back(std::move(p));
+}
+
+void Plan::set_hyper(int32_t group, const Hyper& hyper) {
+  Hyper& current = hypers_.at(group);
+  const bool same_streams = hyper.decay == current.decay && hyper.stable == current.stable &&
+                            hyper.amsgrad == current.amsgrad && hyper.anchored == current.anchored;
+  if (!same_streams && !parameters_.empty())
+    throw std::logic_error("a group that reads other streams needs a new plan");
+  current = hyper;
+}
+
+// ---- looking at every tensor -------------------------------------------------------------------
+
+bool Plan::Known::unchanged(PyObject* now) const {
+  if (now != object.ptr()) return false;
+  if (!now) return true;
+  DLTensor view;
+  return read(now, view) && layout == view;
+}
+
+bool Plan::same_objects(const py::dict& state, const py::list& groups) const {
+  static PyObject* params = PyUnicode_InternFromString("params");
+  if (!state.is(state_) || state.size() != state_values_.size()) return false;
+  if (!groups.is(groups_) || groups.size() != parameter_lists_.size()) return false;
+  auto parameter = parameters_.begin();
+  for (size_t i = 0; i < parameter_lists_.size(); ++i) {
+    PyObject* list = PyDict_GetItem(PyList_GET_ITEM(groups_.ptr(), i), params);
+    if (list != parameter_lists_[i].ptr() || !PyList_Check(list)) return false;
+    const Py_ssize_t size = PyList_GET_SIZE(list);
+    if (size > parameters_.end() - parameter) return false;
+    for (Py_ssize_t k = 0; k < size; ++k, ++parameter)
+      if (PyList_GET_ITEM(list, k) != parameter->tensor.object.ptr()) return false;
+  }
+  if (parameter != parameters_.end()) return false;
+
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  for (size_t i = 0; PyDict_Next(state.ptr(), &position, &key, &value); ++i)
+    if (value != state_values_[i].ptr()) return false;
+  return true;
+}
+
+py::object Plan::gather(const py::dict& state, const py::list& groups) {
+  static PyObject* grad = PyUnicode_InternFromString("grad");
+  if (!same_objects(state, groups)) return py::none();
+
+  active_.clear();
+  py::list irregular;
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    Parameter& p = parameters_[i];
+    p.gradient = py::reinterpret_steal<py::object>(PyObject_GetAttr(p.tensor.object.ptr(), grad));
+    if (!p.gradient) throw py::error_already_set();
+    if (p.gradient.is_none()) continue;
+
+    if (p.state.is_none() || !p.tensor.unchanged(p.tensor.object.ptr())) return py::none();
+    for (int slot = 0; slot < kSlots; ++slot)
+      if (!p.slots[slot].unchanged(PyDict_GetItem(p.state.ptr(), slot_names()[slot])))
+        return py::none();
+
+    active_.push_back(static_cast<int32_t>(i));
+    DLTensor view;
+    if (read(p.gradient.ptr(), view) && p.weight.layout.same_order(view) &&
+        !is_lazy(p.gradient.ptr(), view))
+      p.gradient_data = static_cast<char*>(view.data) + view.byte_offset;
+    else
+      irregular.append(i);
+  }
+  return irregular;
+}
+
+void Plan::set_gradient(int32_t position, py::object gradient) {
+  Parameter& p = parameters_.at(position);
+  DLTensor view;
+  if (!read(gradient.ptr(), view) || !p.weight.layout.same_order(view))
+    throw std::invalid_argument("gradient in another layout than its parameter");
+  p.gradient_data = static_cast<char*>(view.data) + view.byte_offset;
+  p.gradient = std::move(gradient);
+}
+
+// ---- tables ------------------------------------------------------------------------------------
+
+void Plan::build_tables() {
+  tensors_.clear();
+  chunks_.clear();
+  items_.clear();
+  batches_.clear();
+  int64_t item_elements = 0, batch_elements = 0;
+  const auto close_item = [&] {
+    const auto end = static_cast<int32_t>(chunks_.size());
+    const int32_t begin = items_.empty() ? 0 : items_.back().last_chunk;
+    if (end > begin) items_.push_back({begin, end});
+    item_elements = 0;
+  };
+  const auto close_batch = [&](bool projected) {
+    close_item();
+    const int32_t item = batches_.empty() ? 0 : batches_.back().last_item;
+    const int32_t tensor = batches_.empty() ? 0 : batches_.back().last_tensor;
+    batches_.push_back({item, static_cast<int32_t>(items_.size()), tensor,
+                        static_cast<int32_t>(tensors_.size()), projected});
+    batch_elements = 0;
+  };
+
+  bool projected = false;
+  for (int32_t position : active_) {
+    const Parameter& p = parameters_[position];
+    projected = hypers_[p.group].decay == Decay::projection;
+    const int64_t n = p.weight.layout.elements();
+    if (projected && batch_elements > 0 && batch_elements + n > kBatch) close_batch(projected);
+
+    const auto index = static_cast<int32_t>(tensors_.size());
+    const auto first_chunk = static_cast<int32_t>(chunks_.size());
+    for (int64_t begin = 0; begin < n; begin += kChunk) {
+      const int64_t size = std::min(kChunk, n - begin);
+      if (item_elements + size > kChunk) close_item();
+      chunks_.push_back({index, static_cast<int32_t>(size), begin});
+      item_elements += size;
+    }
+    batch_elements += n;
+    tensors_.push_back({p.weight.layout.data(), nullptr, p.data(kExpAvg), p.data(kExpAvgSq),
+                        p.data(kMaxExpAvgSq), p.data(kAnchor), n, p.weight.layout.dtype(), 0,
+                        first_chunk, static_cast<int32_t>(chunks_.size())});
+  }
+  if (!tensors_.empty()) close_batch(projected);
+  sums_.resize(chunks_.size());
+  projections_.resize(chunks_.size());
+  shrink_.resize(tensors_.size());
+}
+
+void Plan::build_rows() {
+  rows_.clear();
+  int32_t group = -1;
+  double previous = -1;
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    Parameter& p = parameters_[active_[i]];
+    const Layout& step = p.slots[kStep].layout;
+    const double t = read_number(step) + 1;
+    write_number(step, t);
+    if (p.group != group || t != previous) {
+      const Hyper& hyper = hypers_[group = p.group];
+      rows_.push_back({hyper, coefficients(hyper, previous = t), t});
+    }
+    tensors_[i].row = static_cast<int32_t>(rows_.size()) - 1;
+    tensors_[i].g = p.gradient_data;
+  }
+}
+
+// SWD's V, from the chunks' sums. sum(v) obeys the recurrence of v itself, so that a sum over the
+// gradient replaces one over v; the maxima of amsgrad have none and were summed as they will be.
+void Plan::apply_mean_square() {
+  double total = 0;
+  int64_t elements = 0;
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const Tensor& tensor = tensors_[i];
+    const Row& row = rows_[tensor.row];
+    double sum = 0;
+    for (int32_t k = tensor.first_chunk; k < tensor.last_chunk; ++k) sum += sums_[k];
+    if (!row.hyper.amsgrad) {
+      const Layout& kept = parameters_[active_[i]].slots[kExpAvgSqSum].layout;
+      sum = lerp(read_number(kept), sum, 1 - row.hyper.beta2);
+      write_number(kept, sum);
+    }
+    total += sum / row.hyper.bias_correction2(row.t);
+    elements += tensor.numel;
+  }
+  const double mean_square = elements ? total / static_cast<double>(elements) : 0;
+  for (Row& row : rows_) row.numbers.decay = stable_decay(row.numbers.decay, mean_square);
+}
+
+py::list Plan::step() {
+  if (active_ != planned_) {
+    build_tables();
+    planned_ = active_;
+    updated_ = py::list();
+    for (int32_t position : active_) updated_.append(parameters_[position].tensor.object);
+  }
+  if (!tensors_.empty()) {
+    py::gil_scoped_release release;
+    build_rows();
+    int64_t elements = 0;
+    for (const Tensor& tensor : tensors_) elements += tensor.numel;
+    const Work work{tensors_.data(),  chunks_.data(),
+                    items_.data(),    batches_.data(),
+                    rows_.data(),     static_cast<int32_t>(items_.size()),
+                    static_cast<int32_t>(batches_.size()), elements > kParallel,
+                    sums_.data(),     projections_.data(),
+                    shrink_.data()};
+    const CpuLoops& loops = chosen().loops;
+    if (rows_.front().hyper.stable) {
+      loops.reduce(work);
+      apply_mean_square();
+    }
+    loops.update(work);
+  }
+  for (int32_t position : active_) parameters_[position].gradient = py::none();
+  return updated_;
+}
+
+}  // namespace wdk

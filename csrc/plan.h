@@ -1,0 +1,88 @@
+// The plan: every tensor of an optimizer, its chunks and its groups' numbers.
+//
+// Built once per set of parameters (wdkernels/native.py) and checked each step: `gather` looks at
+// every tensor again and copies only what may change, the gradients' addresses. It knows Python
+// objects and tables, no loops.
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "tensor.h"
+#include "work.h"
+
+namespace wdk {
+
+class Plan {
+ public:
+  // `state`: the optimizer's state, a dict of dicts; `groups`: its param_groups.
+  Plan(py::dict state, py::list groups);
+
+  // In the order of the groups. `weight` is the dense tensor the loops write: the parameter itself
+  // or a copy of it. `state` is None as long as there is none.
+  void add_parameter(py::object parameter, py::object weight, py::object state, int32_t group);
+
+  // Before the parameters; later only with numbers changed.
+  void set_hyper(int32_t group, const Hyper& hyper);
+
+  // Looks at every tensor. None if something other than a gradient has changed, so that the plan
+  // must be built anew; else the parameters (by position) whose gradients lie in another order
+  // than the weight, or are no plain tensors: these need `set_gradient` before `step`.
+  py::object gather(const py::dict& state, const py::list& groups);
+  void set_gradient(int32_t position, py::object gradient);
+
+  // One optimizer step over what was gathered; returns the parameters it updated. Releases the GIL
+  // while it runs, and the gradients when it is done.
+  py::list step();
+
+ private:
+  // The state tensors of a parameter, named as in torch.optim.
+  enum Slot { kStep, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAnchor, kExpAvgSqSum, kSlots };
+  static const std::array<PyObject*, kSlots>& slot_names();
+
+  struct Known {
+    py::object object;
+    Layout layout;
+    bool unchanged(PyObject* now) const;
+  };
+
+  struct Parameter {
+    Known tensor, weight;
+    py::object state;
+    std::array<Known, kSlots> slots;  // object is null where the state has no such entry
+    int32_t group;
+    py::object gradient;
+    const void* gradient_data = nullptr;
+
+    void* data(Slot slot) const { return slots[slot].object ? slots[slot].layout.data() : nullptr; }
+  };
+
+  bool same_objects(const py::dict& state, const py::list& groups) const;
+  void build_tables();
+  void build_rows();
+  void apply_mean_square();
+
+  py::dict state_;
+  py::list groups_;
+  std::vector<py::object> parameter_lists_;  // of the groups: owned, so that no other list can
+  std::vector<py::object> state_values_;     // take the address; likewise the state's values
+  std::vector<Hyper> hypers_;
+  std::vector<Parameter> parameters_;
+
+  std::vector<int32_t> active_, planned_;  // positions of parameters that have a gradient: now,
+                                           // and when the tables below were built
+  py::list updated_;
+  std::vector<Tensor> tensors_;
+  std::vector<Chunk> chunks_;
+  std::vector<Item> items_;
+  std::vector<Batch> batches_;
+  std::vector<Row> rows_;
+  std::vector<double> sums_, shrink_;
+  std::vector<ProjectionSums> projections_;
+};
+
+// The CPU's instruction set for all plans of this process.
+void use_instruction_set(const std::string& name);
+std::string instruction_set();
+
+}  // namespace wdk

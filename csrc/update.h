@@ -1,0 +1,132 @@
+// The update rule: what one optimizer step does to one element, on registers.
+//
+// This is the only statement of the rule in C++. The CPU loops (cpu.cpp) and the GPU kernels call
+// it; they know no math, and it knows no loops, tensors or threads. With contraction switched off
+// every backend computes the same bits.
+//
+//   0  g  <- sign * g                              sign = -1 to maximize
+//   1  g  <- g + lambda (w - a)                    L2: the penalty enters both moments
+//   2  m  <- m + (1 - beta1)(g - m)
+//      v  <- v + (1 - beta2)(g^2 - v)              amsgrad: vmax <- max(vmax, v) takes v's place below
+//   3  u   = eta/(1 - beta1^t) * m / (sqrt(v)/sqrt(1 - beta2^t) + eps)
+//   4  w  <- w - (d (w - a) + u)                   decoupled: decay of the old weights
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define WDK_INLINE __host__ __device__ __forceinline__
+#else
+// always_inline also keeps each instruction set's copy inside its own translation unit: a merged
+// out-of-line copy could run AVX-512 code on a machine without it.
+#define WDK_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace wdk {
+
+// Where the pull towards the anchor enters the step.
+enum class Decay {
+  l2,          // the gradient, hence both moments (Kingma & Ba 2014; torch.optim.Adam)
+  unmixed,     // the numerator of the step only (the ablation of arXiv 2012.13841)
+  decoupled,   // the weights, past the moments (arXiv 1711.05101); SWD scales it (arXiv 2011.11152)
+  projection,  // the weights, per tensor, after the step: SPD (arXiv 2411.01713)
+};
+
+// The numbers of one parameter's step, computed in double and rounded once (coefficients.h).
+template <class T>
+struct Coefficients {
+  T sign;             // -1 to maximize
+  T one_minus_beta1;  // 1 - 0.999f would be off by 1.3e-5 already
+  T one_minus_beta2;
+  T step_size;  // eta sqrt(1 - beta2^t) / (1 - beta1^t)
+  T eps;        // eps sqrt(1 - beta2^t): both bias corrections leave the element loop this way
+  T decay;      // what multiplies (w - a) in the line where this decay enters
+};
+
+// One element of every stream the step reads or writes.
+template <class T>
+struct Element {
+  T w, g, m, v;
+  T vmax;  // amsgrad only
+  T a;     // anchor; only if there is one
+};
+
+// Selective Projection Decay's sums over a tensor, and what one element adds to them.
+struct ProjectionSums {
+  double alignment;  // sum g (w - a) = -c
+  double distance2;  // |w~ - a|^2
+  double growth2;    // |w~ - a|^2 - |w - a|^2, summed directly: subtracting two nearly equal norms
+                     // would lose the digits that matter
+};
+
+template <class T>
+WDK_INLINE T square_root(T x) {
+#if defined(__CUDACC__)
+  return ::sqrt(x);  // IEEE-rounded under nvcc's default -prec-sqrt=true
+#else
+  return std::sqrt(x);
+#endif
+}
+
+// a + weight (b - a), from the nearer end: beta1 = 0 must give the gradient exactly.
+template <class T>
+WDK_INLINE T lerp(T a, T b, T weight) {
+  return weight < T(0.5) ? a + weight * (b - a) : b - (T(1) - weight) * (b - a);
+}
+
+// An overflowed second moment stays inf as in torch.optim; the lerp alone would turn it into NaN.
+template <class T>
+WDK_INLINE T second_moment(T v, T g2, T weight) {
+  const T mean = lerp(v, g2, weight);
+  return mean == mean ? mean : v + g2;
+}
+
+// NaN in v wins, as in torch.maximum.
+template <class T>
+WDK_INLINE T maximum(T vmax, T v) {
+  return vmax > v ? vmax : v;
+}
+
+// Step and pull point in opposite directions; signs, because their product may underflow.
+template <class T>
+WDK_INLINE bool opposed(T u, T d) {
+  return ((u > T(0)) & (d < T(0))) | ((u < T(0)) & (d > T(0)));
+}
+
+template <Decay decay, bool anchored, bool amsgrad, bool cautious, class T>
+WDK_INLINE void update(Element<T>& x, const Coefficients<T>& c) {
+  const T d = anchored ? x.w - x.a : x.w;
+
+  T g = c.sign * x.g;                            // ascent or descent
+  if (decay == Decay::l2) g = g + c.decay * d;   // penalty into the gradient
+
+  x.m = lerp(x.m, g, c.one_minus_beta1);         // first moment
+  x.v = second_moment(x.v, g * g, c.one_minus_beta2);
+  if (amsgrad) x.vmax = maximum(x.vmax, x.v);
+
+  T numerator = x.m;
+  if (decay == Decay::unmixed) numerator = numerator + c.decay * d;
+  T u = c.step_size * numerator / (square_root(amsgrad ? x.vmax : x.v) + c.eps);
+
+  if (decay == Decay::decoupled) {
+    const T pull = c.decay * d;
+    u = cautious && opposed(u, d) ? u : pull + u;  // summed first: w is rounded once
+  }
+  x.w = x.w - u;
+}
+
+// w before and w~ after the step; g with its sign.
+template <bool anchored, class T>
+WDK_INLINE ProjectionSums projection_terms(T w, T g, T a, T stepped) {
+  const double before = anchored ? double(w) - double(a) : double(w);
+  const double after = anchored ? double(stepped) - double(a) : double(stepped);
+  return {double(g) * before, after * after, (double(stepped) - double(w)) * (after + before)};
+}
+
+// w~ - shrink (w~ - a) of a tensor that SPD selected, shrink = lambda r.
+template <bool anchored, class T>
+WDK_INLINE T project(T w, T a, T shrink) {
+  return w - shrink * (anchored ? w - a : w);
+}
+
+}  // namespace wdk

@@ -1,0 +1,67 @@
+// What a backend's loops are given: plain tables, no Python, no ownership.
+#pragma once
+
+#include <cstdint>
+
+#include "coefficients.h"
+#include "dtype.h"
+
+namespace wdk {
+
+// Sums are taken per chunk and chunks are added up in order, so results do not depend on the
+// number of threads. 16384 elements keep a chunk's streams (7 x 64 KiB) within a core's L2 cache.
+constexpr int64_t kChunk = 16384;
+
+// Parameters of one group at the same step count share a row of numbers.
+struct Row {
+  Hyper hyper;
+  Coefficients<double> numbers;
+  double t;  // step count
+};
+
+struct Tensor {
+  void* w;
+  const void* g;
+  void* m;
+  void* v;
+  void* vmax;     // amsgrad only
+  const void* a;  // anchor; only if there is one
+  int64_t numel;
+  DType dtype;
+  int32_t row;
+  int32_t first_chunk, last_chunk;
+};
+
+struct Chunk {
+  int32_t tensor;
+  int32_t size;
+  int64_t begin;  // elements
+};
+
+// A run of chunks that one thread takes at a time: small tensors travel together.
+struct Item {
+  int32_t first_chunk, last_chunk;
+};
+
+// Tensors whose projection is finished before the next batch begins, while they are in cache.
+struct Batch {
+  int32_t first_item, last_item;
+  int32_t first_tensor, last_tensor;
+  bool projected;  // SPD
+};
+
+struct Work {
+  const Tensor* tensors;
+  const Chunk* chunks;
+  const Item* items;
+  const Batch* batches;
+  const Row* rows;
+  int32_t n_items;
+  int32_t n_batches;
+  bool parallel;                // worth waking the other threads
+  double* sums;                 // per chunk: what `reduce` found
+  ProjectionSums* projections;  // per chunk: what `update` found
+  double* shrink;               // per tensor: SPD's lambda r
+};
+
+}  // namespace wdk

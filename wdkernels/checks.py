@@ -1,0 +1,141 @@
+"""What is refused, and in which words: every message names the parameter and says what to do.
+
+A step calls these before it writes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wdkernels import layouts
+from wdkernels.coefficients import Hyper
+
+State = dict[str, Any]
+
+
+def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
+    """A parameter's name in messages: its own, if the optimizer was given named parameters."""
+    place = f"parameter {index} of group {group_index}"
+    names = group.get("param_names")
+    return f"'{names[index]}' ({place})" if names else place
+
+
+def check_parameter(p: Tensor, name: str) -> None:
+    if not (p.is_floating_point() or p.is_complex()):
+        raise TypeError(f"{name} has dtype {p.dtype}; only floating and complex tensors can learn")
+    if p.layout != torch.strided:
+        raise TypeError(f"{name} has layout {p.layout}; only strided tensors are supported")
+
+
+def check_memory(params: Sequence[Tensor], names: Sequence[str]) -> None:
+    """No element may belong to two parameters, or twice to one."""
+    shared = layouts.overlapping(params)
+    if shared is None:
+        return
+    first, second = (names[i] for i in shared)
+    if first == second:
+        raise RuntimeError(
+            f"{first} holds several elements at one address (an expanded tensor?), so its update "
+            "has no meaning: make it a tensor of its own with .clone()"
+        )
+    raise RuntimeError(
+        f"{first} and {second} share memory and would be updated twice: pass only one of them, "
+        "or make one a tensor of its own with .clone()"
+    )
+
+
+def check_gradient(p: Tensor, name: str) -> None:
+    g = p.grad
+    if g is None:
+        return
+    if g.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of {name} is sparse ({g.layout}): use a dense one "
+            "(for an embedding, sparse=False), or torch.optim.SparseAdam"
+        )
+    for what in ("shape", "dtype", "device"):
+        has, needs = getattr(g, what), getattr(p, what)
+        if has != needs:
+            has, needs = (tuple(x) if what == "shape" else x for x in (has, needs))
+            raise RuntimeError(
+                f"the gradient of {name} has {what} {has} but the parameter has {needs}: "
+                "convert it, or clear it with zero_grad() and run backward again"
+            )
+
+
+def check_anchors(params: Sequence[Tensor], anchors: Sequence[Any], names: Sequence[str]) -> None:
+    if len(anchors) != len(params):
+        raise ValueError(
+            f"anchor holds {len(anchors)} tensors for {len(params)} parameters: "
+            "give one for each, in the same order"
+        )
+    owners = {_storage(p): k for k, p in enumerate(params) if p.numel() > 0}
+    for p, a, name in zip(params, anchors, names, strict=True):
+        if not isinstance(a, Tensor):
+            raise ValueError(f"the anchor of {name} must be a tensor, not {type(a).__name__}")
+        _check_alike(a, p, f"the anchor of {name}", ValueError)
+        owner = owners.get(_storage(a))
+        if owner is not None and layouts.overlapping([a, params[owner]]) is not None:
+            raise ValueError(
+                f"the anchor of {name} shares memory with {names[owner]} and would move along "
+                "with it: pass a copy (.detach().clone()), or anchor='initial'"
+            )
+
+
+def check_state(p: Tensor, state: Mapping[str, Any], hyper: Hyper, name: str) -> None:
+    """A state that holds anything must be a whole one; missing optional entries are made later."""
+    if not state:
+        return
+    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
+    if missing:
+        raise ValueError(
+            f"the state of {name} lacks {', '.join(missing)} (it has {', '.join(map(str, state))}):"
+            " it belongs to another kind of optimizer or is damaged"
+        )
+    step = state["step"]
+    step_number = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
+    if isinstance(step_number, (Tensor, bool)) or not (
+        isinstance(step_number, (int, float)) and step_number >= 0 and step_number % 1 == 0
+    ):
+        raise ValueError(f"the state of {name} has step {step!r}: it must be a whole number >= 0")
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor"):
+        if key not in state:
+            continue
+        if not isinstance(state[key], Tensor):
+            raise ValueError(f"{key} of {name} must be a tensor, not {type(state[key]).__name__}")
+        if state[key].shape != p.shape:
+            raise ValueError(
+                f"{key} of {name} has shape {tuple(state[key].shape)} but the parameter has "
+                f"{tuple(p.shape)}: this state belongs to another model"
+            )
+    if hyper.anchored and "anchor" not in state:
+        raise ValueError(
+            f"{name} has no anchor: choose one at construction or in add_param_group; "
+            "it cannot be switched on later"
+        )
+
+
+def check_live_state(p: Tensor, state: Mapping[str, Any], hyper: Hyper, name: str) -> None:
+    """Of a state in use, the dtypes and devices count as well."""
+    check_state(p, state, hyper, name)
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor"):
+        if key in state:
+            _check_alike(state[key], p, f"{key} of {name}", RuntimeError)
+
+
+def _check_alike(x: Tensor, p: Tensor, what: str, error: type[Exception]) -> None:
+    for attribute in ("shape", "dtype", "device"):
+        has, needs = getattr(x, attribute), getattr(p, attribute)
+        if has != needs:
+            has, needs = (tuple(v) if attribute == "shape" else v for v in (has, needs))
+            raise error(
+                f"{what} has {attribute} {has} but the parameter has {needs}: convert it first"
+            )
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()

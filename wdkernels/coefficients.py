@@ -1,0 +1,89 @@
+"""Hyper-parameters: what a param group may hold, checked and made plain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from wdkernels import schedules
+
+DECAY_SCALES = ("lr", "relative_lr", "corrected")
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """One param group's numbers, valid by construction (`from_group`); fields as in the group."""
+
+    method: str  # "l2", "unmixed", "decoupled", "swd" or "spd"
+    lr: float
+    lr_max: float  # eta_max of the decay scales
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decay_schedule: schedules.Schedule | None
+    decay_scale: str
+    amsgrad: bool
+    maximize: bool
+    cautious: bool
+    anchored: bool
+
+
+def from_group(method: str, group: Mapping[str, Any]) -> Hyper:
+    """The hyper-parameters of a group; ValueError names the one that is wrong."""
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers in [0, 1), not {betas!r}")
+    decay_scale = group.get("decay_scale", "lr")
+    if decay_scale not in DECAY_SCALES:
+        known = ", ".join(map(repr, DECAY_SCALES))
+        raise ValueError(f"unknown decay_scale {decay_scale!r}; there are {known}")
+    schedules.validate(group["decay_schedule"])
+    if _flag(group, "unmixed"):
+        method = "unmixed"
+
+    lr = _number(group["lr"], "lr")
+    lr_max = _number(group.get("lr_max", lr), "lr_max")
+    if decay_scale != "lr" and lr_max == 0:
+        raise ValueError(
+            f"decay_scale {decay_scale!r} divides by lr_max, the largest learning rate of the "
+            "group's schedule, which is 0: pass lr_max, or a positive lr at construction"
+        )
+    return Hyper(
+        method=method,
+        lr=lr,
+        lr_max=lr_max,
+        beta1=_number(betas[0], "betas[0]", below=1.0),
+        beta2=_number(betas[1], "betas[1]", below=1.0),
+        eps=_number(group["eps"], "eps"),
+        weight_decay=_number(group["weight_decay"], "weight_decay"),
+        decay_schedule=group["decay_schedule"],
+        decay_scale=decay_scale,
+        amsgrad=_flag(group, "amsgrad"),
+        maximize=_flag(group, "maximize"),
+        cautious=_flag(group, "cautious"),
+        anchored=group["anchor"] != "zero",
+    )
+
+
+def _number(value: Any, name: str, below: float = math.inf) -> float:
+    """A finite number >= 0 and < `below`; a tensor of one element counts as a number."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, not {value!r}")
+    if not 0.0 <= value < below:  # also refuses NaN
+        limit = "finite and >= 0" if below == math.inf else f"in [0, {below:g})"
+        raise ValueError(f"{name} must be {limit}, not {value!r}")
+    return float(value)
+
+
+def _flag(group: Mapping[str, Any], name: str) -> bool:
+    value = group.get(name, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
+    return value

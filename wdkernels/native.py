@@ -1,0 +1,134 @@
+"""The native backend: compiled loops (csrc/), one call for all tensors and groups of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from wdkernels import checks, layouts
+from wdkernels.coefficients import Hyper
+
+try:
+    from wdkernels import _C
+except ImportError as error:  # installed with WDK_NATIVE=0
+    _missing = f"the compiled module is not part of this installation ({error})"
+else:
+    _missing = ""
+
+_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+class Parameter(NamedTuple):
+    """A parameter's place: its group and name, and its state if it has been initialised."""
+
+    tensor: Tensor
+    state: dict[str, Any] | None
+    group: int
+    name: str
+
+
+def refuses(tensors: Sequence[Tensor]) -> str | None:
+    """Why this backend cannot update these tensors; None if it can."""
+    if _missing:
+        return _missing
+    for x in tensors:
+        if x.device.type != "cpu":
+            return f"it has no kernels for {x.device.type} tensors"
+        if x.dtype not in _DTYPES:
+            return f"it has no loops for {x.dtype}"
+    return None
+
+
+class Plan:
+    """All tensors of an optimizer, as the compiled loops see them; valid until `step` says no."""
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        hypers: Sequence[Hyper],
+        state: dict[Tensor, Any],
+        param_groups: list[dict[str, Any]],
+    ) -> None:
+        self._parameters = parameters
+        self._copies: dict[int, Tensor] = {}  # dense stand-ins, by position
+        for position, p in enumerate(parameters):
+            weight = p.tensor.detach()
+            if not layouts.is_dense(weight):
+                weight = self._copies[position] = torch.empty_like(weight)
+            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor"):
+                if p.state is not None and key in p.state:
+                    p.state[key] = layouts.like(p.state[key], weight)
+        self._core = _C.Plan(state, param_groups)
+        for index, hyper in enumerate(hypers):
+            self.set_hyper(index, hyper)
+        for position, p in enumerate(parameters):
+            weight = self._copies.get(position, p.tensor)
+            self._core.add_parameter(
+                parameter=p.tensor, weight=weight, state=p.state, group=p.group
+            )
+
+    def set_hyper(self, group: int, hyper: Hyper) -> None:
+        """Numbers may change; what decides over the streams that are read may not."""
+        self._core.set_hyper(group, _hyper(hyper))
+
+    def step(self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]]) -> bool:
+        """One optimizer step; False, with nothing done, if the plan is out of date."""
+        irregular = self._core.gather(state, param_groups)
+        if irregular is None:
+            return False
+        for position in irregular:
+            p = self._parameters[position]
+            checks.check_gradient(p.tensor, p.name)
+        for position in irregular:
+            gradient = self._parameters[position].tensor.grad
+            assert gradient is not None
+            weight = self._copies.get(position, self._parameters[position].tensor)
+            self._core.set_gradient(position, layouts.like(gradient, weight))
+
+        copies = [(self._parameters[k].tensor, copy) for k, copy in self._copies.items()]
+        for tensor, copy in copies:
+            copy.copy_(tensor)
+        updated = self._core.step()
+        # Autograd must know, as of any in-place operation, that saved weights are out of date.
+        torch.autograd.graph.increment_version(updated)
+        for tensor, copy in copies:
+            tensor.copy_(copy)
+        return True
+
+
+def _hyper(h: Hyper) -> Any:
+    decay = {"swd": "decoupled", "spd": "projection"}.get(h.method, h.method)
+    schedule = h.decay_schedule or {"kind": "constant"}
+    first, second = (
+        schedule["factors"] if schedule["kind"] == "product" else (schedule, {"kind": "constant"})
+    )
+    return _C.Hyper(
+        decay=getattr(_C.Decay, decay),
+        stable=h.method == "swd",
+        anchored=h.anchored,
+        amsgrad=h.amsgrad,
+        cautious=h.cautious,
+        maximize=h.maximize,
+        lr=h.lr,
+        lr_max=h.lr_max,
+        beta1=h.beta1,
+        beta2=h.beta2,
+        eps=h.eps,
+        weight_decay=h.weight_decay,
+        decay_scale=getattr(_C.DecayScale, h.decay_scale),
+        first=_schedule(first),
+        second=_schedule(second),
+    )
+
+
+def _schedule(s: dict[str, Any]) -> Any:
+    end = s.get("stop", s.get("end", 1.0))
+    return _C.Schedule(
+        kind=getattr(_C.ScheduleKind, s["kind"]),
+        start=s.get("start", 1.0),
+        end=float("inf") if end is None else end,
+        steps=s.get("steps", 1),
+    )

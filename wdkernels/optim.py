@@ -1,0 +1,518 @@
+"""The optimizers: `torch.optim` conventions around one fused step.
+
+    w weights   g gradient   a anchor, or 0   t the parameter's own step count = 1, 2, 3, ...
+    eta = lr    (b1, b2) = betas    lambda_t = weight_decay * decay_schedule at t
+
+    m <- m + (1 - b1)(g - m)         v <- v + (1 - b2)(g^2 - v)
+    u  = eta/(1 - b1^t) * m / (sqrt(v)/sqrt(1 - b2^t) + eps)
+
+Each class below says where its decay enters. All of them take, like torch.optim.Adam:
+
+    lr, betas, eps, weight_decay   numbers >= 0, betas below 1; lr and weight_decay may be 0-d tensors
+    amsgrad      max(v) over the steps so far takes v's place in u (Reddi et al. 2018)
+    maximize     ascent: g is negated first
+    capturable   for CUDA graphs
+    anchor       what weights decay to: "zero"; "initial", their values at construction; or a list
+                 of tensors, one for each parameter of the group (L2-SP, arXiv 1802.01483)
+    decay_schedule   plain data from wdkernels.schedules, or None
+    backend      "auto", "native", "triton" or "eager"; what can't be had is a ValueError
+
+Everything but `backend` may differ between param groups. Parameters may be float32, float64 or
+complex (as pairs of reals), of any shape and strides. States are named as in torch.optim, and
+state dicts move both ways between torch.optim.Adam / AdamW and these classes.
+
+A step checks everything before it writes anything: on an exception nothing has changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict
+
+import torch
+from torch import Tensor
+
+from wdkernels import checks, native, reference
+from wdkernels.coefficients import Hyper, from_group
+from wdkernels.schedules import Schedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+ParamsT: TypeAlias = "Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]"
+Number: TypeAlias = "float | Tensor"
+Anchor: TypeAlias = "Literal['zero', 'initial'] | Sequence[Tensor]"
+
+
+class Common(TypedDict, total=False):
+    """Keyword options of every optimizer; the module's docstring explains them."""
+
+    maximize: bool
+    capturable: bool
+    anchor: Anchor
+    decay_schedule: Schedule | None
+    backend: str
+
+
+class Decoupled(Common, total=False):
+    """Keyword options of AdamW and AdamSWD; AdamW's docstring explains them."""
+
+    decay_scale: str
+    lr_max: float | None
+    cautious: bool
+
+
+_BACKENDS = ("auto", "native", "triton", "eager")
+_COMMON = (
+    *("lr", "betas", "eps", "weight_decay", "amsgrad"),
+    *("maximize", "capturable", "anchor", "decay_schedule"),
+)
+_TORCH_CHOICES = ("foreach", "fused", "differentiable", "decoupled_weight_decay")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor")
+
+
+class _Adam(torch.optim.Optimizer):
+    """What the optimizers share: groups, state, state dicts and the choice of a backend."""
+
+    _method: ClassVar[str]
+    _own: ClassVar[tuple[str, ...]] = ()  # options that not all optimizers have
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: Number,
+        amsgrad: bool,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        anchor: Anchor = "zero",
+        decay_schedule: Schedule | None = None,
+        backend: str = "auto",
+        own: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        if backend not in _BACKENDS:
+            known = ", ".join(map(repr, _BACKENDS))
+            raise ValueError(f"unknown backend {backend!r}; there are {known}")
+        self._backend = backend
+        self._forget()
+        values = (lr, betas, eps, weight_decay, amsgrad, maximize, capturable, anchor, decay_schedule)
+        super().__init__(params, {**dict(zip(_COMMON, values, strict=True)), **own})
+        if not isinstance(anchor, str):
+            self.defaults["anchor"] = "given"  # those tensors were for the first group
+
+    # ---- groups and hyper-parameters -----------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch.optim does; it may hold its own `anchor`."""
+        index = len(self.param_groups)
+        if not isinstance(param_group["params"], (Tensor, set)):
+            param_group["params"] = list(param_group["params"])
+            self._refuse_duplicates(param_group["params"], index)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._adopt(group, index)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._forget()
+
+    def _refuse_duplicates(self, params: Sequence[Any], index: int) -> None:
+        seen = {
+            id(p): checks.name_of(group, i, k)
+            for i, group in enumerate(self.param_groups)
+            for k, p in enumerate(group["params"])
+        }
+        for k, item in enumerate(params):
+            name, p = item if isinstance(item, tuple) else (None, item)
+            place = f"parameter {k} of group {index}"
+            if id(p) in seen:
+                raise ValueError(f"{place} is {seen[id(p)]} once more: pass each parameter once")
+            seen[id(p)] = place if name is None else f"'{name}' ({place})"
+
+    def _adopt(self, group: dict[str, Any], index: int) -> None:
+        """Check a new group and record its anchors."""
+        params = group["params"]
+        names = [checks.name_of(group, index, k) for k in range(len(params))]
+        for p, name in zip(params, names, strict=True):
+            checks.check_parameter(p, name)
+
+        anchors: Iterable[Any] | None = None
+        if not isinstance(group["anchor"], str):
+            anchors = list(group["anchor"])
+            checks.check_anchors(params, anchors, names)
+            group["anchor"] = "given"
+        elif group["anchor"] == "initial":
+            anchors = (p.detach().clone() for p in params)
+        elif group["anchor"] != "zero":
+            raise ValueError(
+                f"group {index}: anchor must be 'zero', 'initial' or a list of tensors, one for "
+                f"each parameter of the group, not {group['anchor']!r}"
+            )
+        if "lr_max" in group and group["lr_max"] is None:
+            group["lr_max"] = float(group["lr"])
+        hyper = self._hyper(group, index)
+        if anchors is not None:
+            for p, anchor in zip(params, anchors, strict=True):
+                self.state[p]["anchor"] = anchor.detach()
+                self._complete_state(p, hyper)
+
+    def _hyper(self, group: dict[str, Any], index: int) -> Hyper:
+        try:
+            hyper = from_group(self._method, group)
+        except ValueError as error:
+            raise ValueError(f"group {index}: {error}") from None
+        if group["capturable"] and any(not p.is_cuda for p in group["params"]):
+            raise ValueError(
+                f"group {index}: capturable=True is for parameters on a GPU, in CUDA graphs"
+            )
+        return hyper
+
+    def _refresh_hypers(self) -> None:
+        """Read the groups again; costs little where nothing has changed."""
+        if len(self._hypers) != len(self.param_groups):
+            self._forget()
+            self._hypers = self._seen = [None] * len(self.param_groups)
+        hypers, seen = list(self._hypers), list(self._seen)
+        changed = []
+        for index, group in enumerate(self.param_groups):
+            values = self._values(group)
+            if values != seen[index]:
+                hypers[index] = self._hyper(group, index)
+                # A tensor may change in place; a schedule or a list too, but those are compared.
+                fixed = not any(isinstance(value, Tensor) for value in values)
+                seen[index] = copy.deepcopy(values) if fixed else None
+                changed.append(index)
+
+        if self._plan is not None:
+            for index in changed:
+                old, new = self._hypers[index], hypers[index]
+                if (old.method, old.amsgrad, old.anchored) != (
+                    new.method,
+                    new.amsgrad,
+                    new.anchored,
+                ):
+                    self._plan = None  # other streams
+                    break
+                self._plan.set_hyper(index, new)
+        self._hypers, self._seen = hypers, seen
+
+    # ---- the step ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step for every parameter that has a gradient.
+
+        Returns what `closure` returned, which is called first, with gradients enabled.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refresh_hypers()
+        if self._plan is None or not self._plan.step(self.state, self.param_groups):
+            self._step_anew()
+        return loss
+
+    def _step_anew(self) -> None:
+        """The step of a new set of tensors, or of a backend that keeps no plan."""
+        groups = self._checked_groups()
+        everything = [p for group in self.param_groups for p in group["params"]]
+        refusal = native.refuses(everything)
+        if self._backend == "triton":
+            raise ValueError("backend 'triton' can't be had: it is not part of this version")
+        if self._backend == "native" and refusal:
+            raise ValueError(f"backend 'native' can't be had: {refusal}; try backend='auto'")
+
+        for group in groups:
+            for p in group.params:
+                self._complete_state(p, group.hyper)
+        if self._backend == "eager" or refusal:
+            reference.step(groups)
+            return
+        plan = native.Plan(
+            [
+                native.Parameter(p, self.state.get(p) or None, i, checks.name_of(group, i, k))
+                for i, group in enumerate(self.param_groups)
+                for k, p in enumerate(group["params"])
+            ],
+            self._hypers,
+            self.state,
+            self.param_groups,
+        )
+        if not plan.step(self.state, self.param_groups):
+            raise RuntimeError("tensors changed while the step was being prepared")
+        self._plan = plan
+
+    def _checked_groups(self) -> list[reference.Group]:
+        """Every parameter that has a gradient, after a look at everything a step relies on."""
+        params, names = [], []
+        groups = []
+        for i, (group, hyper) in enumerate(zip(self.param_groups, self._hypers, strict=True)):
+            active = reference.Group(hyper, [], [], [])
+            for k, p in enumerate(group["params"]):
+                name = checks.name_of(group, i, k)
+                params.append(p)
+                names.append(name)
+                if p.grad is None:
+                    continue
+                checks.check_gradient(p, name)
+                checks.check_live_state(p, self.state.get(p, {}), hyper, name)
+                active.params.append(p)
+                active.grads.append(p.grad)
+            groups.append(active)
+        memory = [(p.data_ptr(), p.shape, p.stride()) for p in params]
+        if memory != self._checked_memory:
+            checks.check_memory(params, names)
+            self._checked_memory = memory
+        for active in groups:  # the first thing written, so after all checks
+            active.states.extend(self._complete_state(p, active.hyper) for p in active.params)
+        return groups
+
+    def _complete_state(self, p: Tensor, hyper: Hyper) -> dict[str, Any]:
+        """A parameter's state, with what it lacks added. Missing moments are zero."""
+        state: dict[str, Any] = self.state[p]
+        if "step" not in state:
+            # As torch.optim: on the CPU, because the host reads it each step.
+            wide = torch.get_default_dtype() == torch.float64
+            state["step"] = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
+        for key in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if hyper.amsgrad else [])):
+            if key not in state:
+                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if hyper.method == "swd" and not hyper.amsgrad and "exp_avg_sq_sum" not in state:
+            v = state["exp_avg_sq"]
+            v = torch.view_as_real(v) if v.is_complex() else v
+            state["exp_avg_sq_sum"] = v.sum(dtype=torch.float64)
+        return state
+
+    # ---- saving and loading --------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of torch.optim.Adam / AdamW.
+
+        Tensors are copied. What the state dict does not know (the anchor, the schedule and other
+        options of a group) stays as it is. ValueError, with nothing changed, if it does not fit.
+        """
+        loaded: dict[str, Any] = {}
+
+        def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
+            self._check_state_dict(final)
+            loaded.update(final)
+
+        before_groups = [dict(group) for group in self.param_groups]
+        before_state = {p: dict(state) for p, state in self.state.items()}
+        hook = self.register_load_state_dict_pre_hook(check)  # the last: it sees the others' work
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+        for group, before, saved in zip(
+            self.param_groups, before_groups, loaded["param_groups"], strict=True
+        ):
+            for key in _TORCH_CHOICES:
+                group.pop(key, None)  # it would bind a torch optimizer that loads this one's state
+            for key, value in before.items():
+                group.setdefault(key, value)
+            hyper = self._hyper(group, 0)
+            for p, key in zip(group["params"], saved["params"], strict=True):
+                self._load_state(p, hyper, loaded["state"].get(key, {}), before_state.get(p, {}))
+
+    def _load_state(
+        self, p: Tensor, hyper: Hyper, saved: dict[str, Any], before: dict[str, Any]
+    ) -> None:
+        """Copy a saved state; torch would cast and keep the caller's tensors."""
+        kept = {"anchor": before["anchor"]} if "anchor" in before and hyper.anchored else {}
+        if not saved and not kept:
+            return
+        state = self.state[p] = {**self.state[p], **kept}
+        if "step" in saved:
+            state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).cpu().clone()
+        for key in _MOMENTS:
+            if key in saved:
+                state[key] = saved[key].to(p.device, p.dtype, copy=True)
+        if "exp_avg_sq_sum" in saved:
+            state["exp_avg_sq_sum"] = saved["exp_avg_sq_sum"].to(p.device, copy=True)
+        self._complete_state(p, hyper)
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups, states = state_dict.get("param_groups"), state_dict.get("state")
+        if not isinstance(groups, list) or not isinstance(states, dict):
+            raise ValueError(
+                "this is not the state_dict of an optimizer, which holds 'state' and "
+                f"'param_groups'; it holds {', '.join(map(str, state_dict)) or 'nothing'}"
+            )
+        if len(groups) != len(self.param_groups):
+            raise ValueError(
+                f"the state_dict has {len(groups)} param groups, this optimizer "
+                f"{len(self.param_groups)}: build it with the groups that were saved"
+            )
+        for i, (saved, group) in enumerate(zip(groups, self.param_groups, strict=True)):
+            if len(saved.get("params", ())) != len(group["params"]):
+                raise ValueError(
+                    f"group {i} of the state_dict has {len(saved.get('params', ()))} parameters, "
+                    f"this optimizer's has {len(group['params'])}: it belongs to another model"
+                )
+            hyper = self._hyper({**group, **saved, "params": group["params"]}, i)
+            for k, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+                state = states.get(key, {})
+                own = self.state.get(p, {})
+                if hyper.anchored and state and "anchor" in own:
+                    state = {"anchor": own["anchor"], **state}
+                checks.check_state(p, state, hyper, checks.name_of(group, i, k))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_backend": self._backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was derived from the groups and the state; the next step finds it again."""
+        self._plan: native.Plan | None = None
+        self._hypers: list[Hyper] = []
+        self._seen: list[Any] = []
+        self._checked_memory: list[Any] = []
+        self._values = itemgetter(*_COMMON, *self._own)
+
+
+class Adam(_Adam):
+    """Adam with L2 regularisation: the penalty's gradient enters the gradient.
+
+        g <- g + lambda_t (w - a)      before the moments, so m and v see it
+        w <- w - u
+
+    lr multiplies the whole step, decay included, and sqrt(v) divides it.
+
+    unmixed   the moments do not see the penalty: lambda_t (w - a) is added to the bias-corrected m
+              in u's numerator instead, still adaptive (the ablation of arXiv 2012.13841)
+
+    Source: Kingma & Ba 2014, arXiv 1412.6980; torch.optim.Adam. The module's docstring explains
+    the common arguments. Raises ValueError or TypeError for bad arguments, naming them.
+    """
+
+    _method = "l2"
+    _own = ("unmixed",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: Number = 0.0,
+        amsgrad: bool = False,
+        *,
+        unmixed: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        own = {"unmixed": unmixed}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, own=own, **common)
+
+
+class AdamW(_Adam):
+    """Adam with decoupled weight decay.
+
+        w <- w - d_t (w - a) - u       both from the old w
+
+    decay_scale   "lr"           d_t = eta lambda_t: lr multiplies the decay too
+                  "relative_lr"  d_t = (eta/lr_max) lambda_t: only the schedule of lr does (the
+                                 original decoupling)
+                  "corrected"    d_t = (eta^2/lr_max) lambda_t: AdamC, arXiv 2506.02285
+    lr_max        the largest lr of the group's schedule; by default its lr at construction
+    cautious      decay only the elements where u (w - a) >= 0 (arXiv 2510.12402)
+
+    Source: Loshchilov & Hutter, arXiv 1711.05101; torch.optim.AdamW. The module's docstring
+    explains the common arguments. Raises ValueError or TypeError for bad arguments, naming them.
+    """
+
+    _method = "decoupled"
+    _own = ("decay_scale", "lr_max", "cautious")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: Number = 1e-2,
+        amsgrad: bool = False,
+        *,
+        decay_scale: str = "lr",
+        lr_max: float | None = None,
+        cautious: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        own = {"decay_scale": decay_scale, "lr_max": lr_max, "cautious": cautious}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, own=own, **common)
+
+
+class AdamSWD(AdamW):
+    """Adam with Scheduled (or Stable) Weight Decay: decay in proportion to the effective lr.
+
+        w <- w - d_t / sqrt(V) (w - a) - u
+        V  = mean of v/(1 - b2^t) after this step's update (max(v) with amsgrad), over all elements
+             of all parameters, in all groups, that have a gradient; V = 0 means no decay
+
+    d_t and the arguments are AdamW's; lr multiplies the decay. The state also holds sum(v), as
+    `exp_avg_sq_sum` in float64.
+
+    Source: Xie et al., NeurIPS 2023, arXiv 2011.11152 (there "AdamS").
+    """
+
+    _method = "swd"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: Number = 5e-4,
+        amsgrad: bool = False,
+        **options: Unpack[Decoupled],
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+
+
+class AdamSPD(_Adam):
+    """Adam with Selective Projection Decay, for fine-tuning: pulls back what runs away.
+
+    Per tensor, with w~ = w - u and g the gradient (negated for maximize):
+
+        if sum(g (w - a)) > 0:
+            r = clip((|w~ - a| - |w - a|) / |w~ - a|, 0, 1)        |w~ - a| = 0 means r = 0
+            w <- w~ - lambda_t r (w~ - a)
+        else:
+            w <- w~
+
+    No learning rate in front of lambda_t: weight_decay 1 projects back onto the last distance.
+    The anchor is the weights at construction; choose "zero" for LoRA and other added weights.
+
+    Source: Tian, Huang & Kira, NeurIPS 2024, arXiv 2411.01713. The module's docstring explains the
+    common arguments. Raises ValueError or TypeError for bad arguments, naming them.
+    """
+
+    _method = "spd"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: Number = 1.0,
+        amsgrad: bool = False,
+        *,
+        anchor: Anchor = "initial",
+        **common: Unpack[Common],
+    ) -> None:
+        options: Common = {**common, "anchor": anchor}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
