@@ -26,17 +26,21 @@ Chosen& chosen() {
   return instance;
 }
 
-// The step count: a 0-d tensor of torch's default type.
-double read_number(const Layout& scalar) {
-  return scalar.dtype() == DType::float32 ? double(*static_cast<float*>(scalar.data()))
-                                          : *static_cast<double*>(scalar.data());
+// A step count or a sum: a 0-d tensor of the state.
+double read_number(const void* data, DType dtype) {
+  return dtype == DType::float32 ? double(*static_cast<const float*>(data))
+                                 : *static_cast<const double*>(data);
 }
 
-void write_number(const Layout& scalar, double value) {
-  if (scalar.dtype() == DType::float32)
-    *static_cast<float*>(scalar.data()) = static_cast<float>(value);
+void write_number(void* data, DType dtype, double value) {
+  if (dtype == DType::float32)
+    *static_cast<float*>(data) = static_cast<float>(value);
   else
-    *static_cast<double*>(scalar.data()) = value;
+    *static_cast<double*>(data) = value;
+}
+
+bool is_number(const DLTensor& view) {
+  return view.device.device_type == dl::kCPU && numel(view) == 1 && dtype(view).has_value();
 }
 
 Layout layout_of(const py::object& tensor) {
@@ -72,24 +76,23 @@ Plan::Plan(py::dict state, py::list groups)
 
 void Plan::add_parameter(py::object parameter, py::object weight, py::object state, int32_t group) {
   Parameter p;
-  p.tensor = {parameter, layout_of(parameter)};
-  p.weight = {weight, layout_of(weight)};
+  p.layout = layout_of(parameter);
+  p.weight = layout_of(weight);
+  p.object = std::move(parameter);
+  p.weight_object = std::move(weight);
+  p.state = std::move(state);
   p.group = group;
-  p.state = state;
-  if (!state.is_none()) {
+  if (!p.state.is_none()) {
     for (int slot = 0; slot < kSlots; ++slot) {
-      PyObject* tensor = PyDict_GetItem(state.ptr(), slot_names()[slot]);
+      PyObject* tensor = PyDict_GetItem(p.state.ptr(), slot_names()[slot]);
       if (!tensor) continue;
-      const auto object = py::reinterpret_borrow<py::object>(tensor);
-      p.slots[slot] = {object, layout_of(object)};
-      const bool scalar = slot == kStep || slot == kExpAvgSqSum;
       DLTensor view;
-      read(tensor, view);
-      if (scalar ? numel(view) != 1 : !p.weight.layout.same_order(view))
+      if (!read(tensor, view) || !(is_scalar(slot) ? is_number(view) : p.weight.same_order(view)))
         throw std::invalid_argument("state tensor in another layout than its parameter");
+      p.stored[slot] = {py::reinterpret_borrow<py::object>(tensor), address(view), *dtype(view)};
     }
     const Hyper& h = hypers_.at(group);
-    const auto missing = [&](Slot slot) { return !p.slots[slot].object; };
+    const auto missing = [&](Slot slot) { return !p.stored[slot].object; };
     if (missing(kStep) || missing(kExpAvg) || missing(kExpAvgSq) ||
         (h.amsgrad && missing(kMaxExpAvgSq)) || (h.anchored && missing(kAnchor)) ||
         (h.stable && !h.amsgrad && missing(kExpAvgSqSum)))
@@ -109,11 +112,20 @@ void Plan::set_hyper(int32_t group, const Hyper& hyper) {
 
 // ---- looking at every tensor -------------------------------------------------------------------
 
-bool Plan::Known::unchanged(PyObject* now) const {
-  if (now != object.ptr()) return false;
-  if (!now) return true;
+bool Plan::Parameter::unchanged() const {
   DLTensor view;
-  return read(now, view) && layout == view;
+  if (!read(object.ptr(), view) || !(layout == view)) return false;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const Stored& known = stored[slot];
+    PyObject* now = PyDict_GetItem(state.ptr(), slot_names()[slot]);
+    if (now != known.object.ptr()) return false;
+    if (!now) continue;
+    if (!read(now, view) || address(view) != known.data) return false;
+    if (is_scalar(slot) ? !is_number(view) || *dtype(view) != known.dtype
+                        : !weight.same_order(view))
+      return false;
+  }
+  return true;
 }
 
 bool Plan::same_objects(const py::dict& state, const py::list& groups) const {
@@ -127,7 +139,7 @@ bool Plan::same_objects(const py::dict& state, const py::list& groups) const {
     const Py_ssize_t size = PyList_GET_SIZE(list);
     if (size > parameters_.end() - parameter) return false;
     for (Py_ssize_t k = 0; k < size; ++k, ++parameter)
-      if (PyList_GET_ITEM(list, k) != parameter->tensor.object.ptr()) return false;
+      if (PyList_GET_ITEM(list, k) != parameter->object.ptr()) return false;
   }
   if (parameter != parameters_.end()) return false;
 
@@ -146,20 +158,17 @@ py::object Plan::gather(const py::dict& state, const py::list& groups) {
   py::list irregular;
   for (size_t i = 0; i < parameters_.size(); ++i) {
     Parameter& p = parameters_[i];
-    p.gradient = py::reinterpret_steal<py::object>(PyObject_GetAttr(p.tensor.object.ptr(), grad));
+    p.gradient = py::reinterpret_steal<py::object>(PyObject_GetAttr(p.object.ptr(), grad));
     if (!p.gradient) throw py::error_already_set();
     if (p.gradient.is_none()) continue;
 
-    if (p.state.is_none() || !p.tensor.unchanged(p.tensor.object.ptr())) return py::none();
-    for (int slot = 0; slot < kSlots; ++slot)
-      if (!p.slots[slot].unchanged(PyDict_GetItem(p.state.ptr(), slot_names()[slot])))
-        return py::none();
+    if (p.state.is_none() || !p.unchanged()) return py::none();
 
     active_.push_back(static_cast<int32_t>(i));
     DLTensor view;
-    if (read(p.gradient.ptr(), view) && p.weight.layout.same_order(view) &&
+    if (read(p.gradient.ptr(), view) && p.weight.same_order(view) &&
         !is_lazy(p.gradient.ptr(), view))
-      p.gradient_data = static_cast<char*>(view.data) + view.byte_offset;
+      p.gradient_data = address(view);
     else
       irregular.append(i);
   }
@@ -169,9 +178,9 @@ py::object Plan::gather(const py::dict& state, const py::list& groups) {
 void Plan::set_gradient(int32_t position, py::object gradient) {
   Parameter& p = parameters_.at(position);
   DLTensor view;
-  if (!read(gradient.ptr(), view) || !p.weight.layout.same_order(view))
+  if (!read(gradient.ptr(), view) || !p.weight.same_order(view))
     throw std::invalid_argument("gradient in another layout than its parameter");
-  p.gradient_data = static_cast<char*>(view.data) + view.byte_offset;
+  p.gradient_data = address(view);
   p.gradient = std::move(gradient);
 }
 
@@ -202,7 +211,7 @@ void Plan::build_tables() {
   for (int32_t position : active_) {
     const Parameter& p = parameters_[position];
     projected = hypers_[p.group].decay == Decay::projection;
-    const int64_t n = p.weight.layout.elements();
+    const int64_t n = p.weight.elements();
     if (projected && batch_elements > 0 && batch_elements + n > kBatch) close_batch(projected);
 
     const auto index = static_cast<int32_t>(tensors_.size());
@@ -214,9 +223,9 @@ void Plan::build_tables() {
       item_elements += size;
     }
     batch_elements += n;
-    tensors_.push_back({p.weight.layout.data(), nullptr, p.data(kExpAvg), p.data(kExpAvgSq),
-                        p.data(kMaxExpAvgSq), p.data(kAnchor), n, p.weight.layout.dtype(), 0,
-                        first_chunk, static_cast<int32_t>(chunks_.size())});
+    tensors_.push_back({p.weight.data(), nullptr, p.stored[kExpAvg].data, p.stored[kExpAvgSq].data,
+                        p.stored[kMaxExpAvgSq].data, p.stored[kAnchor].data, n, p.weight.dtype(),
+                        0, first_chunk, static_cast<int32_t>(chunks_.size())});
   }
   if (!tensors_.empty()) close_batch(projected);
   sums_.resize(chunks_.size());
@@ -230,9 +239,9 @@ void Plan::build_rows() {
   double previous = -1;
   for (size_t i = 0; i < tensors_.size(); ++i) {
     Parameter& p = parameters_[active_[i]];
-    const Layout& step = p.slots[kStep].layout;
-    const double t = read_number(step) + 1;
-    write_number(step, t);
+    const Stored& step = p.stored[kStep];
+    const double t = read_number(step.data, step.dtype) + 1;
+    write_number(step.data, step.dtype, t);
     if (p.group != group || t != previous) {
       const Hyper& hyper = hypers_[group = p.group];
       rows_.push_back({hyper, coefficients(hyper, previous = t), t});
@@ -253,9 +262,9 @@ void Plan::apply_mean_square() {
     double sum = 0;
     for (int32_t k = tensor.first_chunk; k < tensor.last_chunk; ++k) sum += sums_[k];
     if (!row.hyper.amsgrad) {
-      const Layout& kept = parameters_[active_[i]].slots[kExpAvgSqSum].layout;
-      sum = lerp(read_number(kept), sum, 1 - row.hyper.beta2);
-      write_number(kept, sum);
+      const Stored& kept = parameters_[active_[i]].stored[kExpAvgSqSum];
+      sum = lerp(read_number(kept.data, kept.dtype), sum, 1 - row.hyper.beta2);
+      write_number(kept.data, kept.dtype, sum);
     }
     total += sum / row.hyper.bias_correction2(row.t);
     elements += tensor.numel;
@@ -269,7 +278,7 @@ py::list Plan::step() {
     build_tables();
     planned_ = active_;
     updated_ = py::list();
-    for (int32_t position : active_) updated_.append(parameters_[position].tensor.object);
+    for (int32_t position : active_) updated_.append(parameters_[position].object);
   }
   if (!tensors_.empty()) {
     py::gil_scoped_release release;

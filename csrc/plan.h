@@ -39,22 +39,27 @@ class Plan {
   // The state tensors of a parameter, named as in torch.optim.
   enum Slot { kStep, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAnchor, kExpAvgSqSum, kSlots };
   static const std::array<PyObject*, kSlots>& slot_names();
+  static bool is_scalar(int slot) { return slot == kStep || slot == kExpAvgSqSum; }
 
-  struct Known {
-    py::object object;
-    Layout layout;
-    bool unchanged(PyObject* now) const;
+  // A tensor in the state; elements in the order of the weight, or a single number.
+  struct Stored {
+    py::object object;  // null where the state has no such entry
+    void* data = nullptr;
+    DType dtype = DType::float32;
   };
 
   struct Parameter {
-    Known tensor, weight;
+    py::object object;
+    Layout layout;
+    Layout weight;  // the layout of what the loops write
+    py::object weight_object;
     py::object state;
-    std::array<Known, kSlots> slots;  // object is null where the state has no such entry
+    std::array<Stored, kSlots> stored;
     int32_t group;
     py::object gradient;
     const void* gradient_data = nullptr;
 
-    void* data(Slot slot) const { return slots[slot].object ? slots[slot].layout.data() : nullptr; }
+    bool unchanged() const;
   };
 
   bool same_objects(const py::dict& state, const py::list& groups) const;

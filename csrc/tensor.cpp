@@ -95,7 +95,7 @@ std::optional<DType> dtype(const DLTensor& tensor) {
 }
 
 Layout::Layout(const DLTensor& t)
-    : data_(static_cast<char*>(t.data) + t.byte_offset),
+    : data_(address(t)),
       elements_(numel(t) * (t.dtype.code == dl::kComplex ? 2 : 1)),
       device_(t.device),
       type_(t.dtype),
@@ -107,7 +107,7 @@ Layout::Layout(const DLTensor& t)
 }
 
 bool Layout::operator==(const DLTensor& t) const {
-  return data_ == static_cast<char*>(t.data) + t.byte_offset && same_order(t);
+  return data_ == address(t) && same_order(t);
 }
 
 bool Layout::same_order(const DLTensor& t) const {

@@ -26,6 +26,10 @@ bool is_lazy(PyObject* tensor, const DLTensor& view);
 
 int64_t numel(const DLTensor& tensor);
 
+inline void* address(const DLTensor& tensor) {
+  return static_cast<char*>(tensor.data) + tensor.byte_offset;
+}
+
 // The storage type of a floating-point or complex tensor; nothing for one the loops do not know.
 std::optional<DType> dtype(const DLTensor& tensor);
 
@@ -51,7 +55,7 @@ class Layout {
   DType dtype_ = DType::float32;
   DLDevice device_{};
   DLDataType type_{};
-  std::vector<int64_t> shape_, strides_;
+  std::vector<int64_t> shape_, strides_;  // as DLPack gave them
 };
 
 }  // namespace wdk
