@@ -14,6 +14,23 @@ from wdkernels import schedules
 DECAY_SCALES = ("lr", "relative_lr", "corrected")
 
 
+# Options that have no meaning for a method, and why.
+_IN_THE_STEP = "with L2 the decay is a part of the step, which lr multiplies as a whole"
+_NO_LR = "SPD's pull has no learning rate in front of it"
+SENSELESS: dict[tuple[str, str], str] = {
+    ("l2", "cautious"): "with L2 the decay is a part of the step it would be compared with",
+    ("l2", "decay_scale"): _IN_THE_STEP,
+    ("l2", "lr_max"): _IN_THE_STEP,
+    ("spd", "cautious"): "SPD selects whole tensors by a condition of its own",
+    ("spd", "decay_scale"): _NO_LR,
+    ("spd", "lr_max"): _NO_LR,
+    **{
+        (method, "unmixed"): "it is a variant of L2, which Adam has; this decay is never in m or v"
+        for method in ("decoupled", "swd", "spd")
+    },
+}
+
+
 @dataclass(frozen=True)
 class Hyper:
     """One param group's numbers, valid by construction (`from_group`); fields as in the group."""
@@ -32,9 +49,17 @@ class Hyper:
     cautious: bool
     anchored: bool
 
+    @property
+    def streams(self) -> tuple[str, bool, bool]:
+        """What decides over the tensors that a step reads and writes; all else is numbers."""
+        return self.method, self.amsgrad, self.anchored
+
 
 def from_group(method: str, group: Mapping[str, Any]) -> Hyper:
     """The hyper-parameters of a group; ValueError names the one that is wrong."""
+    for option in group:
+        if reason := SENSELESS.get((method, option)):
+            raise ValueError(f"{option} makes no sense here: {reason}")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas must be a pair of numbers in [0, 1), not {betas!r}")

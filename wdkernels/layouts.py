@@ -40,7 +40,7 @@ def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     for i, x in enumerate(tensors):
         if not _may_overlap_itself(x):
             continue
-        if len(_addresses(x).unique()) < x.numel():
+        if len(torch.unique(_addresses(x))) < x.numel():
             return i, i
 
     spans = sorted((*_span(x), i) for i, x in enumerate(tensors) if x.numel() > 0)

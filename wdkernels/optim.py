@@ -8,7 +8,8 @@
 
 Each class below says where its decay enters. All of them take, like torch.optim.Adam:
 
-    lr, betas, eps, weight_decay   numbers >= 0, betas below 1; lr and weight_decay may be 0-d tensors
+    lr, betas, eps, weight_decay
+                 numbers >= 0, betas below 1; lr and weight_decay may be 0-d tensors
     amsgrad      max(v) over the steps so far takes v's place in u (Reddi et al. 2018)
     maximize     ascent: g is negated first
     capturable   for CUDA graphs
@@ -36,7 +37,7 @@ import torch
 from torch import Tensor
 
 from wdkernels import checks, native, reference
-from wdkernels.coefficients import Hyper, from_group
+from wdkernels.coefficients import SENSELESS, Hyper, from_group
 from wdkernels.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -52,12 +53,17 @@ class Common(TypedDict, total=False):
 
     maximize: bool
     capturable: bool
-    anchor: Anchor
     decay_schedule: Schedule | None
     backend: str
 
 
-class Decoupled(Common, total=False):
+class Anchored(Common, total=False):
+    """And those of every optimizer but AdamSPD, whose default anchor is another."""
+
+    anchor: Anchor
+
+
+class Decoupled(Anchored, total=False):
     """Keyword options of AdamW and AdamSWD; AdamW's docstring explains them."""
 
     decay_scale: str
@@ -80,6 +86,12 @@ class _Adam(torch.optim.Optimizer):
     _method: ClassVar[str]
     _own: ClassVar[tuple[str, ...]] = ()  # options that not all optimizers have
 
+    _plan: native.Plan | None
+    _hypers: dict[int, Hyper]  # by group, in order
+    _seen: dict[int, Any]  # the values they were made from
+    _checked_memory: list[Any]
+    _values: Callable[[dict[str, Any]], tuple[Any, ...]]
+
     def __init__(
         self,
         params: ParamsT,
@@ -95,14 +107,29 @@ class _Adam(torch.optim.Optimizer):
         decay_schedule: Schedule | None = None,
         backend: str = "auto",
         own: Mapping[str, Any] = MappingProxyType({}),
+        **unknown: Any,
     ) -> None:
+        for option in unknown:
+            if reason := SENSELESS.get((self._method, option)):
+                raise ValueError(f"{option} makes no sense for {type(self).__name__}: {reason}")
+            raise TypeError(f"{type(self).__name__} has no option {option!r}")
         if backend not in _BACKENDS:
             known = ", ".join(map(repr, _BACKENDS))
             raise ValueError(f"unknown backend {backend!r}; there are {known}")
         self._backend = backend
         self._forget()
-        values = (lr, betas, eps, weight_decay, amsgrad, maximize, capturable, anchor, decay_schedule)
-        super().__init__(params, {**dict(zip(_COMMON, values, strict=True)), **own})
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "capturable": capturable,
+            "anchor": anchor,
+            "decay_schedule": decay_schedule,
+        }
+        super().__init__(params, {**defaults, **own})
         if not isinstance(anchor, str):
             self.defaults["anchor"] = "given"  # those tensors were for the first group
 
@@ -176,32 +203,27 @@ class _Adam(torch.optim.Optimizer):
 
     def _refresh_hypers(self) -> None:
         """Read the groups again; costs little where nothing has changed."""
-        if len(self._hypers) != len(self.param_groups):
+        if len(self._hypers) > len(self.param_groups):
             self._forget()
-            self._hypers = self._seen = [None] * len(self.param_groups)
-        hypers, seen = list(self._hypers), list(self._seen)
-        changed = []
+        hypers: dict[int, Hyper] = {}
+        seen: dict[int, Any] = {}
         for index, group in enumerate(self.param_groups):
             values = self._values(group)
-            if values != seen[index]:
-                hypers[index] = self._hyper(group, index)
-                # A tensor may change in place; a schedule or a list too, but those are compared.
-                fixed = not any(isinstance(value, Tensor) for value in values)
-                seen[index] = copy.deepcopy(values) if fixed else None
-                changed.append(index)
+            if values == self._seen.get(index):
+                continue
+            hypers[index] = self._hyper(group, index)
+            # Copied, as lists and schedules may be edited in place. A tensor is read each time.
+            tensors = any(isinstance(value, Tensor) for value in values)
+            seen[index] = None if tensors else copy.deepcopy(values)
 
         if self._plan is not None:
-            for index in changed:
-                old, new = self._hypers[index], hypers[index]
-                if (old.method, old.amsgrad, old.anchored) != (
-                    new.method,
-                    new.amsgrad,
-                    new.anchored,
-                ):
-                    self._plan = None  # other streams
-                    break
-                self._plan.set_hyper(index, new)
-        self._hypers, self._seen = hypers, seen
+            if any(new.streams != self._hypers[index].streams for index, new in hypers.items()):
+                self._plan = None
+            else:
+                for index, new in hypers.items():
+                    self._plan.set_hyper(index, new)
+        self._hypers.update(hypers)
+        self._seen.update(seen)
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -242,7 +264,7 @@ class _Adam(torch.optim.Optimizer):
                 for i, group in enumerate(self.param_groups)
                 for k, p in enumerate(group["params"])
             ],
-            self._hypers,
+            list(self._hypers.values()),
             self.state,
             self.param_groups,
         )
@@ -254,7 +276,8 @@ class _Adam(torch.optim.Optimizer):
         """Every parameter that has a gradient, after a look at everything a step relies on."""
         params, names = [], []
         groups = []
-        for i, (group, hyper) in enumerate(zip(self.param_groups, self._hypers, strict=True)):
+        for i, group in enumerate(self.param_groups):
+            hyper = self._hypers[i]
             active = reference.Group(hyper, [], [], [])
             for k, p in enumerate(group["params"]):
                 name = checks.name_of(group, i, k)
@@ -376,10 +399,10 @@ class _Adam(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Drop what was derived from the groups and the state; the next step finds it again."""
-        self._plan: native.Plan | None = None
-        self._hypers: list[Hyper] = []
-        self._seen: list[Any] = []
-        self._checked_memory: list[Any] = []
+        self._plan = None
+        self._hypers = {}
+        self._seen = {}
+        self._checked_memory = []
         self._values = itemgetter(*_COMMON, *self._own)
 
 
@@ -411,7 +434,7 @@ class Adam(_Adam):
         amsgrad: bool = False,
         *,
         unmixed: bool = False,
-        **common: Unpack[Common],
+        **common: Unpack[Anchored],
     ) -> None:
         own = {"unmixed": unmixed}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, own=own, **common)
@@ -448,7 +471,7 @@ class AdamW(_Adam):
         decay_scale: str = "lr",
         lr_max: float | None = None,
         cautious: bool = False,
-        **common: Unpack[Common],
+        **common: Unpack[Anchored],
     ) -> None:
         own = {"decay_scale": decay_scale, "lr_max": lr_max, "cautious": cautious}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, own=own, **common)
@@ -514,5 +537,4 @@ class AdamSPD(_Adam):
         anchor: Anchor = "initial",
         **common: Unpack[Common],
     ) -> None:
-        options: Common = {**common, "anchor": anchor}
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, anchor=anchor, **common)

@@ -1,0 +1,62 @@
+"""The compiled module (csrc/bind.cpp)."""
+
+from typing import Any
+
+from torch import Tensor
+
+class Decay:
+    l2: Decay
+    unmixed: Decay
+    decoupled: Decay
+    projection: Decay
+
+class DecayScale:
+    lr: DecayScale
+    relative_lr: DecayScale
+    corrected: DecayScale
+
+class ScheduleKind:
+    constant: ScheduleKind
+    window: ScheduleKind
+    linear: ScheduleKind
+    cosine: ScheduleKind
+
+class Schedule:
+    def __init__(self, *, kind: ScheduleKind, start: float, end: float, steps: float) -> None: ...
+
+class Hyper:
+    def __init__(
+        self,
+        *,
+        decay: Decay,
+        stable: bool,
+        anchored: bool,
+        amsgrad: bool,
+        cautious: bool,
+        maximize: bool,
+        lr: float,
+        lr_max: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        decay_scale: DecayScale,
+        first: Schedule,
+        second: Schedule,
+    ) -> None: ...
+
+class Plan:
+    def __init__(self, state: dict[Tensor, Any], groups: list[dict[str, Any]]) -> None: ...
+    def add_parameter(
+        self, *, parameter: Tensor, weight: Tensor, state: dict[str, Any] | None, group: int
+    ) -> None: ...
+    def set_hyper(self, group: int, hyper: Hyper) -> None: ...
+    def gather(
+        self, state: dict[Tensor, Any], groups: list[dict[str, Any]]
+    ) -> list[int] | None: ...
+    def set_gradient(self, position: int, gradient: Tensor) -> None: ...
+    def step(self) -> list[Tensor]: ...
+
+def instruction_sets() -> list[str]: ...
+def instruction_set() -> str: ...
+def use_instruction_set(name: str) -> None: ...
