@@ -1,0 +1,457 @@
+"""The optimizers on every backend: against the reference, closed forms, torch and themselves."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from eager import LOUD, Eager
+from torch import Tensor
+from variants import (
+    METHODS,
+    VARIANTS,
+    WIDE,
+    Variant,
+    anchors_of,
+    assert_same_bits,
+    every_backend,
+    every_method,
+    every_variant,
+    gradient,
+    needs_native,
+    random,
+    snapshot,
+    train,
+)
+
+import wdkernels as wd
+from wdkernels import native, schedules
+
+DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
+SHAPES = [(3, 5), (), (1,), (17,), (0, 3), (2, 3, 4), (130,)]
+STEPS = 6
+
+
+def weights(dtype: torch.dtype, shapes: Any = SHAPES, seed: int = 1) -> list[Tensor]:
+    return [random(*shape, seed=seed + i, dtype=dtype) for i, shape in enumerate(shapes)]
+
+
+def assert_accurate(
+    actual: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """`actual` errs at most twice as much as the papers' formulas written in the same dtype.
+
+    Both round a like number of times per step, so their largest errors over all elements of a kind
+    (weights, a moment) are alike, and a factor of two is left for chance. Where few roundings meet,
+    chance is larger: an ulp of the largest number for each step is always allowed. Formulas in
+    `exact`'s own dtype show no error; there the 1e-12 of the recorded trajectories counts.
+    """
+    assert actual.keys() == plain.keys() == exact.keys()
+    for kind in {name.split()[0] for name in exact}:
+        names = [name for name in exact if name.split()[0] == kind and exact[name].numel() > 0]
+        scale = max(exact[name].abs().max().item() for name in names)
+        if dtype == WIDE[dtype]:
+            tolerance = 1e-12 * scale
+        else:
+            ulp = torch.finfo(dtype).eps * scale
+            tolerance = max(2 * max(error(plain[k], exact[k]) for k in names), STEPS * ulp)
+        for name in names:
+            off = error(actual[name], exact[name])
+            assert off <= tolerance, f"{name} is off by {off}, more than {tolerance}"
+
+
+def error(x: Tensor, exact: Tensor) -> float:
+    return (x.to(exact.dtype) - exact).abs().max().item()
+
+
+# ---- against the reference -----------------------------------------------------------------------
+
+
+def trained(build: Any, dtype: torch.dtype, computed: torch.dtype | None = None) -> Any:
+    """A run on numbers of `dtype`, which is `computed` in another one."""
+    params = [w.to(computed or dtype) for w in weights(dtype)]
+    anchors = [a.to(computed or dtype) for a in anchors_of(weights(dtype))]
+    optimizer = build(params, anchors)
+    for t in range(STEPS):
+        for i, p in enumerate(params):
+            g = gradient(p.to(dtype), i, t)
+            p.grad = None if g is None else g.to(p.dtype)
+        optimizer.step()
+    return snapshot(optimizer, params)
+
+
+@cache
+def formulas(index: int, dtype: torch.dtype, computed: torch.dtype) -> dict[str, Tensor]:
+    return trained(VARIANTS[index].reference, dtype, computed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index", range(len(VARIANTS)), ids=map(str, VARIANTS))
+@every_backend
+def test_is_the_reference(index: int, backend: str, dtype: torch.dtype) -> None:
+    actual = trained(lambda p, a: VARIANTS[index].build(p, backend, a), dtype)
+    plain, exact = formulas(index, dtype, dtype), formulas(index, dtype, WIDE[dtype])
+    assert_accurate(actual, plain, exact, dtype)
+
+
+# Around the sizes where a loop ends: a lane (16), a tile (1024), a chunk (16384), some chunks.
+EDGES = [n + k for n in (16, 1024, 16384) for k in (-1, 0, 1)] + [3 * 16384 + 1024 + 17]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@every_backend
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_size(method: str, options: dict[str, Any], backend: str, dtype: torch.dtype) -> None:
+    variant = Variant(method, options, anchored=True)
+    sizes = [(n // 2 if dtype.is_complex else n,) for n in EDGES]
+    runs = []
+    for build in (variant.reference, lambda p: variant.build(p, backend)):
+        params = weights(dtype, sizes)
+        optimizer = build(params)
+        train(optimizer, params, range(3))
+        runs.append(snapshot(optimizer, params))
+    assert_accurate(runs[1], runs[0], runs[0], dtype)
+
+
+def mixed_groups(params: list[Tensor]) -> list[dict[str, Any]]:
+    """Eight groups that differ in everything a group may hold; one parameter each."""
+    options: list[dict[str, Any]] = [
+        {},
+        {"amsgrad": True, "eps": 0.1},
+        {"anchor": anchors_of(params)[2:3]},
+        {"decay_schedule": schedules.window(2, 4), "lr": 0.05},
+        {"maximize": True, "anchor": anchors_of(params)[4:5], "amsgrad": True},
+        {"betas": (0.0, 0.9), "weight_decay": 0.4},
+        {"weight_decay": 0.0, "lr": 0.3},
+        {"decay_schedule": schedules.warmup(4), "betas": (0.5, 0.5)},
+    ]
+    return [{"params": [p], **each} for p, each in zip(params, options, strict=True)]
+
+
+@every_backend
+@pytest.mark.parametrize("method", METHODS)
+def test_groups_mix_options_and_dtypes(method: str, backend: str) -> None:
+    """One optimizer of many groups is the reference of the same groups."""
+    dtypes = itertools.cycle([torch.float64, torch.complex128])
+    runs = []
+    for build in (
+        lambda groups: Eager(method, groups),
+        lambda groups: Variant(method).build(groups, backend),
+    ):
+        shapes = [(5,), (3, 7), (), (2, 2), (40,), (1,), (6,), (30,)]
+        params = [random(*s, seed=i, dtype=next(dtypes)) for i, s in enumerate(shapes)]
+        groups = mixed_groups(params)
+        if method in ("decoupled", "swd"):
+            groups[0] |= {"cautious": True}
+            groups[4] |= {"decay_scale": "relative_lr", "lr_max": 0.4}
+            groups[7] |= {"decay_scale": "corrected", "lr_max": 0.2, "cautious": True}
+        optimizer = build(groups)
+        train(optimizer, params, range(STEPS))
+        runs.append(snapshot(optimizer, params))
+    assert_accurate(runs[1], runs[0], runs[0], torch.float64)
+
+
+@every_backend
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "swd"])
+def test_a_group_does_not_see_the_others(method: str, backend: str) -> None:
+    """The bits are those of an optimizer for each group, also of float32 beside float64."""
+    dtypes = [torch.float32, torch.float64, torch.complex64, torch.float32] * 2
+    runs = []
+    for apart in (False, True):
+        params = [random(50 + i, seed=i, dtype=dtype) for i, dtype in enumerate(dtypes)]
+        groups = [[group] for group in mixed_groups(params)] if apart else [mixed_groups(params)]
+        optimizers = [Variant(method).build(each, backend) for each in groups]
+        for t in range(STEPS):
+            for i, p in enumerate(params):
+                p.grad = gradient(p, i, t)
+            for optimizer in optimizers:
+                optimizer.step()
+        weights_and_states = [snapshot(optimizer, params) for optimizer in optimizers]
+        runs.append({key: x for each in weights_and_states for key, x in each.items()})
+    assert_same_bits(*runs)
+
+
+@every_backend
+@every_method
+def test_swd_averages_over_dtypes_and_groups(variant: Variant, backend: str) -> None:
+    """A float32 beside a float64 parameter: V, and with it the decay, counts the reals of both."""
+    runs = []
+    for build in (variant.reference, lambda p: variant.build(p, backend)):
+        params = [torch.ones(3), torch.ones(7, dtype=torch.complex128), torch.ones(2).double()]
+        train(build(params), params, range(2))
+        runs.append(params[1:])
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-7, atol=1e-7)
+
+
+# ---- zero gradients: only the decay moves weights, to the closed form ----------------------------
+
+SCHEDULES: dict[str, tuple[dict[str, Any] | None, list[float]]] = {
+    "always": (None, [1, 1, 1, 1, 1]),
+    "early": (schedules.early(3), [1, 1, 0, 0, 0]),
+    "linear": (schedules.linear(2.0, 0.0, steps=4), [2.0, 1.5, 1.0, 0.5, 0.0]),
+    "product": (schedules.product(schedules.late(2), schedules.warmup(4)), [0, 0.25, 0.5, 0.75, 1]),
+}
+SCALES = {"lr": 0.1, "relative_lr": 0.1 / 0.4, "corrected": 0.1**2 / 0.4}
+every_schedule = pytest.mark.parametrize(
+    ("schedule", "factors"), SCHEDULES.values(), ids=SCHEDULES.keys()
+)
+with_and_without_anchor = pytest.mark.parametrize("anchored", [False, True], ids=["zero", "anchor"])
+
+
+def at_rest(
+    method: str, backend: str, anchored: bool, loud: list[Tensor] | None = None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Five steps without gradient: the weights' offset from the anchor before and after, anchor.
+
+    `loud` parameters have a gradient of 4 all the while.
+    """
+    w = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    a = torch.tensor([0.25, 1.0, 0.5, -1.0], dtype=torch.float64) * anchored
+    params = [w.clone(), *(loud or [])]
+    options["anchor"] = [a, *map(torch.zeros_like, loud or [])] if anchored else "zero"
+    optimizer = Variant(method).build(params, backend, **options)
+    for _ in range(5):
+        params[0].grad = torch.zeros_like(w)
+        for p in params[1:]:
+            p.grad = torch.full_like(p, 4.0)
+        optimizer.step()
+    return w - a, params[0] - a, a
+
+
+@every_backend
+@with_and_without_anchor
+@every_schedule
+@pytest.mark.parametrize("scale", SCALES)
+def test_decoupled_decay_is_geometric(
+    scale: str, schedule: Any, factors: list[float], anchored: bool, backend: str
+) -> None:
+    options = {"decay_scale": scale, "lr_max": 0.4, "decay_schedule": schedule}
+    before, after, _ = at_rest("decoupled", backend, anchored, **options)
+    kept = math.prod(1 - SCALES[scale] * 0.2 * factor for factor in factors)
+    torch.testing.assert_close(after, kept * before, rtol=1e-14, atol=1e-15)
+
+
+@every_backend
+@with_and_without_anchor
+@every_schedule
+def test_unmixed_decay_is_geometric(
+    schedule: Any, factors: list[float], anchored: bool, backend: str
+) -> None:
+    options = {"eps": 0.1, "decay_schedule": schedule}
+    before, after, _ = at_rest("unmixed", backend, anchored, **options)
+    kept = math.prod(1 - 0.1 * 0.2 * factor / 0.1 for factor in factors)
+    torch.testing.assert_close(after, kept * before, rtol=1e-14, atol=1e-15)
+
+
+@every_backend
+@with_and_without_anchor
+@every_schedule
+def test_l2_decay_is_a_normalised_step(
+    schedule: Any, factors: list[float], anchored: bool, backend: str
+) -> None:
+    """Without memory, betas (0, 0), the penalty p = lambda (w - a) gives eta p / (|p| + eps)."""
+    options = {"betas": (0.0, 0.0), "decay_schedule": schedule}
+    offset, after, _ = at_rest("l2", backend, anchored, **options)
+    for factor in factors:
+        penalty = 0.2 * factor * offset
+        offset = offset - 0.1 * penalty / (penalty.abs() + 1e-2)
+    torch.testing.assert_close(after, offset, rtol=1e-14, atol=1e-15)
+
+
+@every_backend
+@with_and_without_anchor
+@every_schedule
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_swd_decay_is_geometric(
+    amsgrad: bool, schedule: Any, factors: list[float], anchored: bool, backend: str
+) -> None:
+    """Twelve elements of gradient 4 beside the four at rest: V = 12 * 4^2 / 16 at every step."""
+    loud = [random(3, 3, seed=0), random(3, seed=1)]
+    options = {"decay_schedule": schedule, "amsgrad": amsgrad}
+    before, after, _ = at_rest("swd", backend, anchored, loud, **options)
+    kept = math.prod(1 - 0.1 * 0.2 * factor / math.sqrt(12) for factor in factors)
+    torch.testing.assert_close(after, kept * before, rtol=1e-14, atol=1e-15)
+
+
+@every_backend
+@with_and_without_anchor
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("method", ["swd", "spd"])
+def test_swd_and_spd_rest_without_gradients(
+    method: str, amsgrad: bool, anchored: bool, backend: str
+) -> None:
+    """V = 0 means no decay; c = 0 means no projection."""
+    before, after, _ = at_rest(method, backend, anchored, amsgrad=amsgrad)
+    assert torch.equal(before, after)
+
+
+# ---- the same bits -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """The process's threads and instruction set, as they were."""
+    threads, instruction_set = torch.get_num_threads(), native._C.instruction_set()
+    yield
+    torch.set_num_threads(threads)
+    native._C.use_instruction_set(instruction_set)
+
+
+def on_native(variant: Variant, sizes: list[tuple[int, ...]], steps: int) -> dict[str, Tensor]:
+    params = [*weights(torch.float32, sizes), *weights(torch.float64, sizes)]
+    optimizer = variant.build(params, "native")
+    train(optimizer, params, range(steps))
+    return snapshot(optimizer, params)
+
+
+@needs_native
+@every_variant
+@pytest.mark.usefixtures("restored")
+def test_same_bits_with_every_instruction_set(variant: Variant) -> None:
+    runs = []
+    for name in native._C.instruction_sets():
+        native._C.use_instruction_set(name)
+        assert native._C.instruction_set() == name
+        runs.append(on_native(variant, [(3, 5), (1040,), (17,), (), (2100,)], 4))
+    for run in runs:
+        assert_same_bits(run, runs[0])
+
+
+@needs_native
+@every_variant
+@pytest.mark.usefixtures("restored")
+def test_same_bits_for_every_number_of_threads_and_every_run(variant: Variant) -> None:
+    """Enough elements to wake the threads, in tensors of many chunks and many tensors of one."""
+    sizes = [(3 * 16384 + 5,), (16384,), (40,), (2 * 16384,), *[(300,)] * 10]
+    runs = []
+    for threads in (1, 2, 2, 3):
+        torch.set_num_threads(threads)
+        runs.append(on_native(variant, sizes, 2))
+    for run in runs:
+        assert_same_bits(run, runs[0])
+
+
+@every_backend
+@every_variant
+def test_same_bits_for_every_run(variant: Variant, backend: str) -> None:
+    runs = [trained(lambda p, a: variant.build(p, backend, a), torch.float32) for _ in range(2)]
+    assert_same_bits(*runs)
+
+
+# ---- against torch.optim -------------------------------------------------------------------------
+
+TORCH = {"l2": torch.optim.Adam, "decoupled": torch.optim.AdamW}
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize(
+    ("usual", "room"),
+    [
+        pytest.param({}, 1.0, id="loud"),
+        pytest.param({"betas": (0.5, 0.9)}, 1.0, id="short memory"),
+        # Adam's errors are then all but those of rounding w once a step, which nobody can avoid.
+        pytest.param({"lr": 1e-3, "weight_decay": 1e-2, "eps": 1e-8}, 1.01, id="usual"),
+    ],
+)
+@pytest.mark.parametrize("method", TORCH)
+@needs_native
+def test_float32_errs_no_more_than_the_fused_kernel_of_torch(
+    method: str, usual: dict[str, Any], room: float, amsgrad: bool
+) -> None:
+    """Root mean square over 4096 weights after 40 steps, against torch in float64."""
+    options = {key: LOUD[key] for key in ("lr", "betas", "eps", "weight_decay")} | usual
+    options["amsgrad"] = amsgrad
+
+    def run(kind: Any, dtype: torch.dtype, **more: Any) -> list[Tensor]:
+        w = random(4096, seed=1, dtype=torch.float32).to(dtype).requires_grad_()
+        optimizer = kind([w], **options, **more)
+        for t in range(40):
+            g = (random(4096, seed=10 + t) + 0.1) * 0.95**t
+            w.grad = g.to(torch.float32).to(dtype)
+            optimizer.step()
+        return [w.detach(), optimizer.state[w]["exp_avg_sq"]]
+
+    exact = run(TORCH[method], torch.float64, fused=False, foreach=False)
+    fused = run(TORCH[method], torch.float32, fused=True)
+    mine = run({"l2": wd.Adam, "decoupled": wd.AdamW}[method], torch.float32, backend="native")
+    for x, y, z in zip(mine, fused, exact, strict=True):
+        ours, theirs = ((each.double() - z).square().mean().sqrt() for each in (x, y))
+        assert ours <= room * theirs
+
+
+@every_backend
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("method", TORCH)
+def test_is_torch_optim(method: str, amsgrad: bool, maximize: bool, backend: str) -> None:
+    runs = []
+    options = {key: LOUD[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    options.update(amsgrad=amsgrad, maximize=maximize)
+    for build in (
+        lambda p: TORCH[method](p, foreach=False, fused=False, **options),
+        lambda p: Variant(method, {"amsgrad": amsgrad, "maximize": maximize}).build(p, backend),
+    ):
+        params = [w.requires_grad_() for w in weights(torch.float64)]
+        optimizer = build(params)
+        train(optimizer, params, range(12))
+        runs.append(snapshot(optimizer, params))
+    assert_accurate(runs[1], runs[0], runs[0], torch.float64)
+
+
+@every_backend
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.4)], ids=str)
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("method", TORCH)
+def test_overflow_inf_and_nan_are_those_of_torch_optim(
+    method: str, amsgrad: bool, betas: tuple[float, float], backend: str
+) -> None:
+    """The overflow lasts: an infinite second moment stops an element, it does not make it NaN."""
+    first = torch.tensor([1e30, -1e30, math.inf, -math.inf, math.nan, 0, 1, 1e-30])
+    runs = []
+    options = {key: LOUD[key] for key in ("lr", "eps", "weight_decay")}
+    options.update(amsgrad=amsgrad, betas=betas)
+    for build in (
+        lambda p: TORCH[method](p, foreach=False, fused=False, **options),
+        lambda p: Variant(method).build(p, backend, **options),
+    ):
+        w = torch.ones(8, requires_grad=True)
+        optimizer = build([w])
+        for t in range(4):
+            w.grad = first.clone() if t == 0 else torch.full((8,), 0.5)
+            optimizer.step()
+        runs.append(snapshot(optimizer, [w]))
+    assert runs[0].keys() == runs[1].keys()
+    for key in runs[0]:
+        torch.testing.assert_close(runs[1][key], runs[0][key], equal_nan=True, msg=key)
+    assert runs[1]["exp_avg_sq 0"][:2].isinf().all()
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bad", [1e30, math.inf, math.nan], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_one_bad_gradient_is_that_of_the_reference(
+    method: str, bad: float, dtype: torch.dtype, backend: str
+) -> None:
+    """One element's overflow, inf or NaN spreads as far as the formula says, and no further."""
+    runs = []
+    for build in (Variant(method).reference, lambda p: Variant(method).build(p, backend)):
+        params = [torch.ones(20, dtype=dtype), torch.ones(3, dtype=dtype)]
+        optimizer = build(params)
+        for t in range(4):
+            params[0].grad = torch.linspace(-1, 1, 20, dtype=dtype)
+            params[1].grad = torch.ones(3, dtype=dtype)
+            if t == 0:
+                params[0].grad[7] = bad**10 if dtype == torch.float64 else bad
+            optimizer.step()
+        runs.append(params)
+    torch.testing.assert_close(runs[1], runs[0], equal_nan=True)
