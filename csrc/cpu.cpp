@@ -2,8 +2,10 @@
 //
 // This file is compiled once per instruction set (WDK_ISA: baseline, avx2, avx512) into a
 // namespace of that name; dispatch.cpp chooses at run time. It therefore calls nothing out of line
-// but OpenMP and libm: a shared inline function could be merged across instruction sets.
+// but the C library and OpenMP: a shared inline function could be merged across instruction sets.
 #include "cpu.h"
+
+#include <sched.h>
 
 #ifndef WDK_ISA
 #define WDK_ISA baseline
@@ -230,6 +232,7 @@ void pull_chunk(const Work& work, int64_t index) {
   });
 }
 
+// SPD's decision over a tensor all of whose chunks have been updated.
 void select(const Work& work, int32_t index) {
   const Tensor& tensor = work.tensors[index];
   ProjectionSums sums{};
@@ -239,6 +242,18 @@ void select(const Work& work, int32_t index) {
     sums.growth2 += work.projections[k].growth2;
   }
   work.shrink[index] = selected_decay(work.rows[tensor.row].numbers.decay, sums);
+}
+
+void finish_item(const Work& work, const Item& item) {
+  int32_t& pending = work.pending[item.batch];
+  if (__atomic_sub_fetch(&pending, 1, __ATOMIC_ACQ_REL) > 1) return;
+  const Batch& batch = work.batches[item.batch];
+  for (int32_t t = batch.first_tensor; t < batch.last_tensor; ++t) select(work, t);
+  __atomic_store_n(&pending, 0, __ATOMIC_RELEASE);
+}
+
+void wait_for_batch(const Work& work, const Item& item) {
+  while (__atomic_load_n(&work.pending[item.batch], __ATOMIC_ACQUIRE) > 0) sched_yield();
 }
 
 }  // namespace
@@ -252,23 +267,19 @@ void reduce(const Work& work) {
       reduce_chunk(work, k);
 }
 
+// Items are handed out in their order, so whoever waits for a batch waits for items that other
+// threads are at work on. There is no barrier but the end.
 void update(const Work& work) {
-#pragma omp parallel if (work.parallel)
-  for (int32_t b = 0; b < work.n_batches; ++b) {
-    const Batch batch = work.batches[b];
-#pragma omp for schedule(dynamic)
-    for (int32_t i = batch.first_item; i < batch.last_item; ++i)
-      for (int32_t k = work.items[i].first_chunk; k < work.items[i].last_chunk; ++k)
-        update_chunk(work, k);
-
-    if (!batch.projected) continue;
-#pragma omp for schedule(static)
-    for (int32_t t = batch.first_tensor; t < batch.last_tensor; ++t) select(work, t);
-    // Last written, first read: the end of a large batch is what the caches still hold.
-#pragma omp for schedule(dynamic)
-    for (int32_t i = batch.last_item - 1; i >= batch.first_item; --i)
-      for (int32_t k = work.items[i].first_chunk; k < work.items[i].last_chunk; ++k)
-        pull_chunk(work, k);
+#pragma omp parallel for schedule(monotonic : dynamic) if (work.parallel)
+  for (int32_t i = 0; i < work.n_items; ++i) {
+    const Item& item = work.items[i];
+    if (item.second_touch) {
+      wait_for_batch(work, item);
+      for (int32_t k = item.first_chunk; k < item.last_chunk; ++k) pull_chunk(work, k);
+    } else {
+      for (int32_t k = item.first_chunk; k < item.last_chunk; ++k) update_chunk(work, k);
+      if (work.pending) finish_item(work, item);
+    }
   }
 }
 

@@ -9,9 +9,9 @@ namespace wdk {
 
 namespace {
 
-// Elements of a batch: its w~ and a should still be in the last-level cache at the second touch,
-// after the 24 bytes of each element have passed through it.
-constexpr int64_t kBatch = 1 << 20;
+// Elements of a batch of tensors: its w~ and a should still be in the last-level cache at the second
+// touch, when the 20 bytes of each element of two batches have passed through it.
+constexpr int64_t kBatch = 1 << 18;
 
 // Waking the other threads costs as much as this many elements.
 constexpr int64_t kParallel = 2 * kChunk;
@@ -186,39 +186,47 @@ void Plan::set_gradient(int32_t position, py::object gradient) {
 
 // ---- tables ------------------------------------------------------------------------------------
 
+// SPD's second touch of a batch stands behind the step of the next one: far enough for the step to
+// be done when its turn comes, near enough for the batch to be in cache.
 void Plan::build_tables() {
   tensors_.clear();
   chunks_.clear();
   items_.clear();
   batches_.clear();
+  bool projected = false;
   int64_t item_elements = 0, batch_elements = 0;
-  const auto close_item = [&] {
-    const auto end = static_cast<int32_t>(chunks_.size());
-    const int32_t begin = items_.empty() ? 0 : items_.back().last_chunk;
-    if (end > begin) items_.push_back({begin, end});
-    item_elements = 0;
-  };
-  const auto close_batch = [&](bool projected) {
-    close_item();
-    const int32_t item = batches_.empty() ? 0 : batches_.back().last_item;
-    const int32_t tensor = batches_.empty() ? 0 : batches_.back().last_tensor;
-    batches_.push_back({item, static_cast<int32_t>(items_.size()), tensor,
-                        static_cast<int32_t>(tensors_.size()), projected});
-    batch_elements = 0;
+  size_t first_item = 0;    // of the batch that is being filled
+  std::vector<Item> touch;  // the second touch of the batch before it
+
+  const auto close_batch = [&] {
+    const int32_t first_tensor = batches_.empty() ? 0 : batches_.back().last_tensor;
+    batches_.push_back({first_tensor, static_cast<int32_t>(tensors_.size()),
+                        static_cast<int32_t>(items_.size() - first_item)});
+    // Last written, first read: of a large batch the caches hold the end.
+    std::vector<Item> reversed(items_.rbegin(), items_.rend() - first_item);
+    for (Item& item : reversed) item.second_touch = true;
+    items_.insert(items_.end(), touch.begin(), touch.end());
+    touch = std::move(reversed);
+    first_item = items_.size();
+    item_elements = batch_elements = 0;
   };
 
-  bool projected = false;
   for (int32_t position : active_) {
     const Parameter& p = parameters_[position];
     projected = hypers_[p.group].decay == Decay::projection;
     const int64_t n = p.weight.elements();
-    if (projected && batch_elements > 0 && batch_elements + n > kBatch) close_batch(projected);
+    if (projected && batch_elements > 0 && batch_elements + n > kBatch) close_batch();
 
     const auto index = static_cast<int32_t>(tensors_.size());
     const auto first_chunk = static_cast<int32_t>(chunks_.size());
     for (int64_t begin = 0; begin < n; begin += kChunk) {
       const int64_t size = std::min(kChunk, n - begin);
-      if (item_elements + size > kChunk) close_item();
+      const auto chunk = static_cast<int32_t>(chunks_.size());
+      if (items_.size() == first_item || item_elements + size > kChunk) {
+        items_.push_back({chunk, chunk, static_cast<int32_t>(batches_.size()), false});
+        item_elements = 0;
+      }
+      items_.back().last_chunk = chunk + 1;
       chunks_.push_back({index, static_cast<int32_t>(size), begin});
       item_elements += size;
     }
@@ -227,7 +235,11 @@ void Plan::build_tables() {
                         p.stored[kMaxExpAvgSq].data, p.stored[kAnchor].data, n, p.weight.dtype(),
                         0, first_chunk, static_cast<int32_t>(chunks_.size())});
   }
-  if (!tensors_.empty()) close_batch(projected);
+  if (projected) {
+    close_batch();
+    items_.insert(items_.end(), touch.begin(), touch.end());
+  }
+  pending_.resize(batches_.size());
   sums_.resize(chunks_.size());
   projections_.resize(chunks_.size());
   shrink_.resize(tensors_.size());
@@ -285,12 +297,19 @@ py::list Plan::step() {
     build_rows();
     int64_t elements = 0;
     for (const Tensor& tensor : tensors_) elements += tensor.numel;
-    const Work work{tensors_.data(),  chunks_.data(),
-                    items_.data(),    batches_.data(),
-                    rows_.data(),     static_cast<int32_t>(items_.size()),
-                    static_cast<int32_t>(batches_.size()), elements > kParallel,
-                    sums_.data(),     projections_.data(),
-                    shrink_.data()};
+    for (size_t i = 0; i < batches_.size(); ++i) pending_[i] = batches_[i].n_items + 1;
+    Work work{};
+    work.tensors = tensors_.data();
+    work.chunks = chunks_.data();
+    work.items = items_.data();
+    work.batches = batches_.data();
+    work.pending = batches_.empty() ? nullptr : pending_.data();
+    work.rows = rows_.data();
+    work.n_items = static_cast<int32_t>(items_.size());
+    work.parallel = elements > kParallel;
+    work.sums = sums_.data();
+    work.projections = projections_.data();
+    work.shrink = shrink_.data();
     const CpuLoops& loops = chosen().loops;
     if (rows_.front().hyper.stable) {
       loops.reduce(work);

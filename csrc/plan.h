@@ -81,6 +81,7 @@ class Plan {
   std::vector<Chunk> chunks_;
   std::vector<Item> items_;
   std::vector<Batch> batches_;
+  std::vector<int32_t> pending_;
   std::vector<Row> rows_;
   std::vector<double> sums_, shrink_;
   std::vector<ProjectionSums> projections_;

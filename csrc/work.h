@@ -41,13 +41,14 @@ struct Chunk {
 // A run of chunks that one thread takes at a time: small tensors travel together.
 struct Item {
   int32_t first_chunk, last_chunk;
+  int32_t batch;      // index into batches
+  bool second_touch;  // of SPD, once the whole batch has been updated
 };
 
-// Tensors whose projection is finished before the next batch begins, while they are in cache.
+// Tensors of SPD whose second touch comes soon after the step, while they are in cache.
 struct Batch {
-  int32_t first_item, last_item;
   int32_t first_tensor, last_tensor;
-  bool projected;  // SPD
+  int32_t n_items;
 };
 
 struct Work {
@@ -55,9 +56,9 @@ struct Work {
   const Chunk* chunks;
   const Item* items;
   const Batch* batches;
+  int32_t* pending;  // per batch: items whose step is not done, and 1 for the selection
   const Row* rows;
   int32_t n_items;
-  int32_t n_batches;
   bool parallel;                // worth waking the other threads
   double* sums;                 // per chunk: what `reduce` found
   ProjectionSums* projections;  // per chunk: what `update` found
