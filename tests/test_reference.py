@@ -272,7 +272,7 @@ def test_swd_keeps_the_sum_of_v(dtype: torch.dtype) -> None:
         pytest.param((3, 4), (4, -3), 3.0, (0, 7), id="c = 0"),
         # c = -7 < 0, but the distance falls: r is clipped at 0.
         pytest.param((3, 4), (1, 1), 1.0, (2, 3), id="r clipped at 0"),
-        # w~ = a: the quotient is 0/0 and means r = 0.
+        # w~ = a: norm(w~ - a) = 0 means r = 0.
         pytest.param((1, 1), (1, 1), 1.0, (0, 0), id="w~ = a"),
         # w = a: c = 0.
         pytest.param((0, 0), (1, 1), 1.0, (-1, -1), id="w = a"),
@@ -317,6 +317,13 @@ def test_spd_keeps_the_digits_of_a_small_growth() -> None:
     after = w - eta * vector(1.0, -1.0)
     r = (after.norm() - w.norm()) / after.norm()
     torch.testing.assert_close(single.double(), after - 1000 * r * after, rtol=2.0**-23, atol=0)
+
+
+def test_spd_survives_norms_that_underflow() -> None:
+    """c < 0 while both norms are 0: the quotient of their difference is 0/0 and means r = 0."""
+    w = vector(3e-200, 4e-200)
+    result = stepped("spd", w, vector(2, -1), lr=3e-200, eps=0.0)
+    torch.testing.assert_close(result / 1e-200, vector(0, 7), rtol=1e-14, atol=1e-14)
 
 
 def test_cautious_decay_spares_what_moves_away_from_the_anchor() -> None:
