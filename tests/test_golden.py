@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from eager import Eager
 from golden import Case, Runner, names, replay
 from torch import Tensor
+from variants import needs_native
 
-RUNNERS: dict[str, Runner] = {
-    "reference": lambda case, params: Eager(case.kind, case.param_groups(params)),
-}
-runners = pytest.mark.parametrize("runner", RUNNERS.values(), ids=RUNNERS.keys())
+import wdkernels as wd
+
+OPTIMIZERS = {"spd": wd.AdamSPD, "swd": wd.AdamSWD}
+
+
+def on(backend: str) -> Runner:
+    return lambda case, params: OPTIMIZERS[case.kind](case.param_groups(params), backend=backend)
+
+
+RUNNERS: list[Any] = [
+    pytest.param(lambda case, params: Eager(case.kind, case.param_groups(params)), id="reference"),
+    pytest.param(on("eager"), id="eager"),
+    pytest.param(on("native"), id="native", marks=needs_native),
+]
+runners = pytest.mark.parametrize("runner", RUNNERS)
 
 
 @runners

@@ -13,13 +13,8 @@ from torch import Tensor
 import wdkernels as wd
 from wdkernels import native, schedules
 
-BACKENDS = [
-    "eager",
-    pytest.param(
-        "native", marks=pytest.mark.skipif(bool(native._missing), reason=native._missing or "-")
-    ),
-]
 needs_native = pytest.mark.skipif(bool(native._missing), reason=native._missing or "-")
+BACKENDS = ["eager", pytest.param("native", marks=needs_native)]
 
 # The wider type that a run is measured against.
 WIDE = {
