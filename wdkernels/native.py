@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from wdkernels import checks, layouts
 from wdkernels.coefficients import Hyper
+from wdkernels.plan import Parameter, Weights
 
 try:
     from wdkernels import _C
@@ -19,15 +19,6 @@ else:
     _missing = ""
 
 _DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
-
-
-class Parameter(NamedTuple):
-    """A parameter's place: its group and name, and its state if it has been initialised."""
-
-    tensor: Tensor
-    state: dict[str, Any] | None
-    group: int
-    name: str
 
 
 def refuses(tensors: Sequence[Tensor]) -> str | None:
@@ -52,22 +43,13 @@ class Plan:
         state: dict[Tensor, Any],
         param_groups: list[dict[str, Any]],
     ) -> None:
-        self._parameters = parameters
-        self._copies: dict[int, Tensor] = {}  # dense stand-ins, by position
-        for position, p in enumerate(parameters):
-            weight = p.tensor.detach()
-            if not layouts.is_dense(weight):
-                weight = self._copies[position] = torch.empty_like(weight)
-            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor"):
-                if p.state is not None and key in p.state:
-                    p.state[key] = layouts.like(p.state[key], weight)
+        self._weights = Weights(parameters)
         self._core = _C.Plan(state, param_groups)
         for index, hyper in enumerate(hypers):
             self.set_hyper(index, hyper)
         for position, p in enumerate(parameters):
-            weight = self._copies.get(position, p.tensor)
             self._core.add_parameter(
-                parameter=p.tensor, weight=weight, state=p.state, group=p.group
+                parameter=p.tensor, weight=self._weights[position], state=p.state, group=p.group
             )
 
     def set_hyper(self, group: int, hyper: Hyper) -> None:
@@ -79,23 +61,14 @@ class Plan:
         irregular = self._core.gather(state, param_groups)
         if irregular is None:
             return False
-        for position in irregular:
-            p = self._parameters[position]
-            checks.check_gradient(p.tensor, p.name)
-        for position in irregular:
-            gradient = self._parameters[position].tensor.grad
-            assert gradient is not None
-            weight = self._copies.get(position, self._parameters[position].tensor)
-            self._core.set_gradient(position, layouts.like(gradient, weight))
-
-        copies = [(self._parameters[k].tensor, copy) for k, copy in self._copies.items()]
-        for tensor, copy in copies:
-            copy.copy_(tensor)
+        gradients = [(position, self._weights.gradient(position)) for position in irregular]
+        for position, gradient in gradients:
+            self._core.set_gradient(position, gradient)
+        self._weights.load()
         updated = self._core.step()
         # Autograd must know, as of any in-place operation, that saved weights are out of date.
         torch.autograd.graph.increment_version(updated)
-        for tensor, copy in copies:
-            tensor.copy_(copy)
+        self._weights.store()
         return True
 
 

@@ -1,0 +1,67 @@
+"""What the plan of every backend starts from: the parameters, as dense weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from wdkernels import checks, layouts
+from wdkernels.coefficients import Hyper
+
+
+class Parameter(NamedTuple):
+    """A parameter's place: its group and name, and its state if it has been initialised."""
+
+    tensor: Tensor
+    state: dict[str, Any] | None
+    group: int
+    name: str
+
+
+class Plan(Protocol):
+    """All tensors of an optimizer, as a backend sees them; valid until `step` says no."""
+
+    def set_hyper(self, group: int, hyper: Hyper) -> None:
+        """Numbers may change; what decides over the streams that are read may not."""
+
+    def step(self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]]) -> bool:
+        """One optimizer step; False, with nothing done, if the plan is out of date."""
+
+
+class Weights:
+    """The dense tensors that the loops write, by position: a parameter itself, or a copy of it."""
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        """Brings the parameters' states into the order of the weights."""
+        self._parameters = parameters
+        self._copies: dict[int, Tensor] = {}
+        for position, p in enumerate(parameters):
+            weight = p.tensor.detach()
+            if not layouts.is_dense(weight):
+                weight = self._copies[position] = torch.empty_like(weight)
+            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor"):
+                if p.state is not None and key in p.state:
+                    p.state[key] = layouts.like(p.state[key], weight)
+
+    def __getitem__(self, position: int) -> Tensor:
+        return self._copies.get(position, self._parameters[position].tensor)
+
+    def gradient(self, position: int) -> Tensor:
+        """A gradient in the order of its weight; an exception if it cannot be brought into it."""
+        p = self._parameters[position]
+        checks.check_gradient(p.tensor, p.name)
+        gradient = p.tensor.grad
+        assert gradient is not None
+        return layouts.like(gradient, self[position])
+
+    def load(self) -> None:
+        """Copy the parameters that are not dense; `store` brings them back."""
+        for position, copy in self._copies.items():
+            copy.copy_(self._parameters[position].tensor)
+
+    def store(self) -> None:
+        for position, copy in self._copies.items():
+            self._parameters[position].tensor.copy_(copy)
