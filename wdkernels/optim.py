@@ -38,7 +38,6 @@ from torch import Tensor
 
 from wdkernels import checks, native, reference
 from wdkernels.coefficients import SENSELESS, Hyper, from_group
-from wdkernels.plan import Parameter, Plan
 from wdkernels.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ class _Adam(torch.optim.Optimizer):
     _method: ClassVar[str]
     _own: ClassVar[tuple[str, ...]] = ()  # options that not all optimizers have
 
-    _plan: Plan | None
+    _plan: native.Plan | None
     _hypers: dict[int, Hyper]  # by group, in order
     _seen: dict[int, Any]  # the values they were made from
     _checked_memory: list[Any]
@@ -261,7 +260,7 @@ class _Adam(torch.optim.Optimizer):
             return
         plan = native.Plan(
             [
-                Parameter(p, self.state.get(p) or None, i, checks.name_of(group, i, k))
+                native.Parameter(p, self.state.get(p) or None, i, checks.name_of(group, i, k))
                 for i, group in enumerate(self.param_groups)
                 for k, p in enumerate(group["params"])
             ],
@@ -309,7 +308,9 @@ class _Adam(torch.optim.Optimizer):
         for key in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if hyper.amsgrad else [])):
             if key not in state:
                 state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if hyper.method == "swd" and not hyper.amsgrad and "exp_avg_sq_sum" not in state:
+        if hyper.amsgrad:
+            state.pop("exp_avg_sq_sum", None)  # no longer kept up
+        elif hyper.method == "swd" and "exp_avg_sq_sum" not in state:
             v = state["exp_avg_sq"]
             v = torch.view_as_real(v) if v.is_complex() else v
             state["exp_avg_sq_sum"] = v.sum(dtype=torch.float64)
