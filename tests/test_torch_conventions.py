@@ -1,0 +1,712 @@
+"""What code written for torch.optim relies on: groups, hooks, schedulers, checkpoints, autograd."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from eager import LOUD
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from variants import (
+    METHODS,
+    Variant,
+    anchors_of,
+    assert_same_bits,
+    every_backend,
+    every_method,
+    every_variant,
+    random,
+    snapshot,
+    train,
+)
+
+import wdkernels as wd
+from wdkernels import schedules
+
+TORCH = {"l2": torch.optim.Adam, "decoupled": torch.optim.AdamW}
+SHAPES = [(3, 5), (), (7,), (2, 2, 3), (0, 3)]
+loud: dict[str, Any] = {key: LOUD[key] for key in ("lr", "betas", "eps", "weight_decay")}
+
+
+def weights(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    tensors = [random(*shape, seed=i, dtype=dtype) for i, shape in enumerate(SHAPES)]
+    return [w.requires_grad_() for w in tensors]
+
+
+def copies(params: list[Tensor]) -> list[Tensor]:
+    return [p.detach().clone().requires_grad_() for p in params]
+
+
+def saved(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Through a file, as a checkpoint is read: tensors and plain data only."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+# ---- closure, groups, hooks, names ---------------------------------------------------------------
+
+
+@every_backend
+@every_method
+def test_closure(variant: Variant, backend: str) -> None:
+    w = torch.ones(3, requires_grad=True)
+    optimizer = variant.build([w], backend)
+    seen = []
+
+    def closure() -> Tensor:
+        assert torch.is_grad_enabled()
+        seen.append(w.detach().clone())
+        optimizer.zero_grad()
+        loss = (w * w).sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        assert optimizer.step(closure) == 3.0
+    assert len(seen) == 1
+    assert not torch.equal(seen[0], w)
+    assert optimizer.step() is None
+
+
+@every_backend
+@pytest.mark.parametrize("method", METHODS)
+def test_add_param_group_in_the_middle(method: str, backend: str) -> None:
+    runs = []
+    for build in (
+        lambda groups: Variant(method).build(groups, backend),
+        lambda groups: Variant(method).reference([groups[0]["params"][0]]),
+    ):
+        first, second = weights()[:2]
+        late = {"lr": 0.3, "amsgrad": True, "anchor": anchors_of([second])}
+        optimizer = build([{"params": [first]}])
+        train(optimizer, [first], range(2))
+        if runs:
+            expected = Variant(method, {"lr": 0.3, "amsgrad": True}, True).reference([second])
+            optimizer.state.update(expected.state)
+            optimizer._groups += expected._groups
+        else:
+            optimizer.add_param_group({"params": second, **late})
+        train(optimizer, [first, second], range(2, 5))
+        runs.append(snapshot(optimizer, [first, second]))
+    assert runs[0].keys() == runs[1].keys()
+    for key in runs[0]:
+        assert_close(runs[0][key], runs[1][key])
+
+
+@every_backend
+def test_groups_take_what_they_lack_from_the_constructor(backend: str) -> None:
+    p, q = torch.ones(2), torch.ones(2)
+    groups = [{"params": iter([p])}, {"params": q, "weight_decay": 0.0, "betas": (0.5, 0.9)}]
+    optimizer = wd.AdamW(iter(groups), lr=0.25, weight_decay=0.1, cautious=True, backend=backend)
+    first, second = optimizer.param_groups
+    assert first["weight_decay"] == 0.1
+    assert second["weight_decay"] == 0.0
+    assert second["betas"] == (0.5, 0.9)
+    assert first["lr"] == second["lr"] == first["lr_max"] == second["lr_max"] == 0.25
+    assert first["cautious"]
+    assert optimizer.defaults["weight_decay"] == 0.1
+    assert "weight_decay: 0.1" in repr(optimizer)
+
+
+def test_defaults_and_positions_are_those_of_torch() -> None:
+    p = torch.ones(1)
+    for mine, theirs in ((wd.Adam, torch.optim.Adam), (wd.AdamW, torch.optim.AdamW)):
+        group = mine([p]).param_groups[0]
+        expected = theirs([p]).param_groups[0]
+        for key in ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable"):
+            assert group[key] == expected[key], key
+        positional = mine([p], 0.1, (0.5, 0.6), 0.3, 0.4, True).param_groups[0]
+        for key, value in zip(
+            ("lr", "betas", "eps", "weight_decay", "amsgrad"),
+            (0.1, (0.5, 0.6), 0.3, 0.4, True),
+            strict=True,
+        ):
+            assert positional[key] == value
+    assert wd.AdamSWD([p]).param_groups[0]["weight_decay"] == 5e-4
+    assert wd.AdamSPD([p]).param_groups[0]["weight_decay"] == 1.0
+    assert wd.AdamSPD([p]).param_groups[0]["anchor"] == "initial"
+
+
+@every_backend
+def test_step_hooks(backend: str) -> None:
+    w = torch.ones(2)
+    w.grad = torch.ones(2)
+    optimizer = wd.AdamW([w], backend=backend)
+    seen: list[Any] = []
+    before = optimizer.register_step_pre_hook(lambda o, *_: seen.append((o, w[0].item())))
+    after = optimizer.register_step_post_hook(lambda o, *_: seen.append((o, w[0].item())))
+    optimizer.step()
+    assert [o for o, _ in seen] == [optimizer, optimizer]
+    assert seen[0][1] == 1.0
+    assert seen[1][1] == w[0].item() != 1.0
+    before.remove()
+    after.remove()
+    optimizer.step()
+    assert len(seen) == 2
+
+
+@every_backend
+def test_a_pre_hook_may_change_the_gradients(backend: str) -> None:
+    def clip(optimizer: Any, *_: Any) -> None:
+        optimizer.param_groups[0]["params"][0].grad.clamp_(max=1.0)
+
+    runs = []
+    for largest in (1.0, 5.0):
+        w = torch.ones(2, dtype=torch.float64)
+        optimizer = wd.AdamW([w], backend=backend, **loud)
+        optimizer.register_step_pre_hook(clip)
+        w.grad = torch.tensor([largest, 0.5], dtype=torch.float64)
+        optimizer.step()
+        runs.append(w)
+    assert torch.equal(*runs)
+
+
+@every_backend
+def test_state_dict_hooks(backend: str) -> None:
+    w = torch.ones(2)
+    optimizer = wd.AdamW([w], backend=backend)
+    seen = []
+    optimizer.register_state_dict_pre_hook(lambda _: seen.append("save"))
+    optimizer.register_state_dict_post_hook(lambda _, found: {**found, "extra": 7})
+    optimizer.register_load_state_dict_pre_hook(
+        lambda _, found: {key: value for key, value in found.items() if key != "extra"}
+    )
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("loaded"))
+    found = optimizer.state_dict()
+    assert found["extra"] == 7
+    optimizer.load_state_dict(found)
+    assert seen == ["save", "loaded"]
+
+
+@every_backend
+@every_method
+def test_named_parameters(variant: Variant, backend: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    twin = copy.deepcopy(model)
+    optimizer = variant.build(list(model.named_parameters()), backend)
+    plain = variant.build(list(twin.parameters()), backend)
+    train(optimizer, list(model.parameters()), range(3))
+    train(plain, list(twin.parameters()), range(3))
+    names = ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert optimizer.param_groups[0]["param_names"] == names
+    assert_same_bits(
+        snapshot(optimizer, list(model.parameters())), snapshot(plain, list(twin.parameters()))
+    )
+    optimizer.load_state_dict(saved(optimizer.state_dict()))
+    assert optimizer.param_groups[0]["param_names"] == names
+
+
+# ---- learning rates ------------------------------------------------------------------------------
+
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 0.9**t),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda _: 0.8),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 3),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 5]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, total_iters=4),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=4),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.7),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 6, power=2),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.2, step_size_up=2),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.3, total_steps=10),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, total_iters=3), lr_scheduler.ExponentialLR(o, 0.5)], [3]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, total_iters=3), lr_scheduler.ExponentialLR(o, 0.5)]
+    ),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.02, anneal_epochs=4),
+}
+
+
+@every_backend
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS.keys())
+def test_every_lr_scheduler(scheduler: Callable[[Any], Any], backend: str) -> None:
+    """Two groups; the betas that OneCycleLR and CyclicLR turn are followed as well."""
+    runs = []
+    for kind, more in ((torch.optim.AdamW, {}), (wd.AdamW, {"backend": backend})):
+        params = weights()
+        groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.05}]
+        optimizer = kind(groups, **more, **loud)
+        schedule = scheduler(optimizer)
+        rates = []
+        for t in range(8):
+            train(optimizer, params, range(t, t + 1))
+            schedule.step(*[1.0] * isinstance(schedule, lr_scheduler.ReduceLROnPlateau))
+            rates.append([(group["lr"], group["betas"]) for group in optimizer.param_groups])
+        runs.append((rates, params))
+    assert len({str(rate) for rate in runs[0][0]}) > 1
+    assert runs[0][0] == runs[1][0]
+    assert_close(runs[1][1], runs[0][1])
+
+
+@every_backend
+def test_a_schedule_of_the_decay_and_one_of_the_lr_together(backend: str) -> None:
+    """relative_lr follows the schedule of lr from the group's own lr_max, decay its own."""
+    w = torch.ones(1, dtype=torch.float64)
+    optimizer = wd.AdamW(
+        [w],
+        backend=backend,
+        decay_scale="relative_lr",
+        decay_schedule=schedules.linear(1.0, 0.0, steps=4),
+        **loud,
+    )
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    expected = 1.0
+    for t in range(5):
+        w.grad = torch.zeros(1, dtype=torch.float64)
+        optimizer.step()
+        scheduler.step()
+        expected *= 1 - 0.2 * 0.5**t * (1 - t / 4)
+    assert_close(w, torch.full_like(w, expected))
+
+
+@every_backend
+@every_method
+def test_tensors_as_hyper_parameters(variant: Variant, backend: str) -> None:
+    """A tensor may be changed in place, as graph-captured loops do."""
+    runs = []
+    for tensors in (False, True):
+        w = random(5, seed=1)
+        lr: Any = torch.tensor(0.1, dtype=torch.float64) if tensors else 0.1
+        decay: Any = torch.tensor(0.2, dtype=torch.float64) if tensors else 0.2
+        optimizer = variant.build([w], backend, lr=lr, weight_decay=decay)
+        for t in range(4):
+            for key, value in (("lr", 0.1 + 0.1 * t), ("weight_decay", 0.2 - 0.05 * t)):
+                if tensors:
+                    optimizer.param_groups[0][key].fill_(value)
+                else:
+                    optimizer.param_groups[0][key] = value
+            train(optimizer, [w], range(t, t + 1))
+        runs.append(snapshot(optimizer, [w]))
+    assert_same_bits(*runs)
+
+
+@every_backend
+@pytest.mark.parametrize("method", METHODS)
+def test_every_number_of_a_group_may_change_at_any_step(method: str, backend: str) -> None:
+    edits: list[dict[str, Any]] = [
+        {},
+        {"lr": 0.3},
+        {"weight_decay": 0.05, "eps": 0.1},
+        {"betas": (0.5, 0.9)},
+        {"maximize": True},
+        {"decay_schedule": schedules.early(7)},
+        {"amsgrad": True},
+        {"lr": 0.02},
+        {"amsgrad": False, "decay_schedule": None},
+        {"maximize": False},
+    ]
+    if method in ("decoupled", "swd"):
+        edits += [{"decay_scale": "relative_lr", "lr_max": 0.4}, {"cautious": True}]
+    runs = []
+    for kind in (backend, "eager"):
+        params = weights()
+        optimizer = Variant(method).build(params, kind)
+        for t, edit in enumerate(edits):
+            optimizer.param_groups[0].update(edit)
+            train(optimizer, params, range(t, t + 1))
+        runs.append(snapshot(optimizer, params))
+    for key in runs[1]:
+        assert_close(runs[0][key], runs[1][key])
+
+
+@every_backend
+def test_a_schedule_edited_in_place_is_seen(backend: str) -> None:
+    w = torch.ones(1, dtype=torch.float64)
+    optimizer = wd.AdamW([w], backend=backend, decay_schedule=schedules.late(100), **loud)
+    for t in range(2):
+        w.grad = torch.zeros(1, dtype=torch.float64)
+        optimizer.param_groups[0]["decay_schedule"]["start"] = 100 if t == 0 else 0
+        optimizer.step()
+    assert_close(w, torch.full_like(w, 0.98))
+
+
+# ---- copies and checkpoints ----------------------------------------------------------------------
+
+
+@every_backend
+@every_variant
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copied_optimizers_go_their_own_way(
+    variant: Variant, backend: str, copier: Callable[[Any], Any]
+) -> None:
+    params = weights()
+    optimizer = variant.build(params, backend)
+    train(optimizer, params, range(2))
+    other, theirs = copier((optimizer, params))
+    before = snapshot(optimizer, params)
+    assert_same_bits(snapshot(other, theirs), before)
+    train(other, theirs, range(2, 4))
+    assert_same_bits(snapshot(optimizer, params), before)
+    train(optimizer, params, range(2, 4))
+    assert_same_bits(snapshot(optimizer, params), snapshot(other, theirs))
+
+
+@every_backend
+@every_variant
+@pytest.mark.parametrize("through_a_file", [False, True])
+def test_resume_is_exact(variant: Variant, backend: str, through_a_file: bool) -> None:
+    """Into an optimizer built with other numbers: everything comes from the checkpoint.
+
+    The steps before and after include parameters that skip some, one of them its first ones.
+    """
+    for middle in (1, 3):
+        params = weights(torch.float32)
+        optimizer = variant.build(params, backend)
+        train(optimizer, params, range(middle))
+        checkpoint = optimizer.state_dict()
+        if through_a_file:
+            checkpoint = saved(checkpoint)
+        resumed = copies(params)
+        # The anchor of a fine-tuning run is not in the weights of its checkpoint.
+        other = variant.build(resumed, backend, lr=0.7, weight_decay=0.9, betas=(0.1, 0.2), eps=0.3)
+        other.load_state_dict(checkpoint)
+        assert_same_bits(snapshot(other, resumed), snapshot(optimizer, params))
+        train(optimizer, params, range(middle, 6))
+        train(other, resumed, range(middle, 6))
+        assert_same_bits(snapshot(other, resumed), snapshot(optimizer, params))
+
+
+@every_backend
+@every_method
+def test_resume_over_a_run_already_under_way(variant: Variant, backend: str) -> None:
+    params = weights()
+    optimizer = variant.build(params, backend)
+    train(optimizer, params, range(3))
+    checkpoint, then = copy.deepcopy(optimizer.state_dict()), copies(params)
+    train(optimizer, params, range(3, 5))
+    expected = snapshot(optimizer, params)
+    with torch.no_grad():
+        for p, w in zip(params, then, strict=True):
+            p.copy_(w)
+    optimizer.load_state_dict(checkpoint)
+    train(optimizer, params, range(3, 5))
+    assert_same_bits(snapshot(optimizer, params), expected)
+
+
+def test_initial_anchors_come_from_the_checkpoint() -> None:
+    w = torch.zeros(2, requires_grad=True)
+    optimizer = wd.AdamSPD([w], lr=0.1)
+    train(optimizer, [w], range(2))
+    other = wd.AdamSPD([w], lr=0.1)
+    assert not torch.equal(other.state[w]["anchor"], torch.zeros(2))
+    other.load_state_dict(optimizer.state_dict())
+    assert torch.equal(other.state[w]["anchor"], torch.zeros(2))
+
+
+@every_backend
+@every_method
+def test_a_loaded_state_shares_no_memory(variant: Variant, backend: str) -> None:
+    params = weights()
+    optimizer = variant.build(params, backend)
+    train(optimizer, params, range(3))
+    checkpoint = optimizer.state_dict()
+    before = copy.deepcopy(checkpoint)
+    other = variant.build(copies(params), backend)
+    other.load_state_dict(checkpoint)
+    train(other, other.param_groups[0]["params"], range(3, 5))
+    for key, state in before["state"].items():
+        for name, value in state.items():
+            assert torch.equal(checkpoint["state"][key][name], value)
+
+
+@every_backend
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_before_the_first_step(method: str, backend: str) -> None:
+    runs = []
+    for resume in (False, True):
+        params = weights()
+        optimizer = Variant(method, anchored=True).build(params, backend)
+        if resume:
+            checkpoint = saved(optimizer.state_dict())
+            optimizer = Variant(method, anchored=True).build(params, backend, copies(params))
+            optimizer.load_state_dict(checkpoint)
+        train(optimizer, params, range(3))
+        runs.append(snapshot(optimizer, params))
+    assert_same_bits(*runs)
+
+
+def test_a_checkpoint_in_a_file_with_the_model(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = wd.AdamSWD(model.parameters(), decay_schedule=schedules.early(5), lr=0.1)
+    model(torch.ones(4, 3)).square().mean().backward()
+    optimizer.step()
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    loaded = torch.load(path, weights_only=True)
+    assert loaded["optimizer"]["param_groups"][0]["decay_schedule"] == schedules.early(5)
+    assert loaded["optimizer"]["state"][0]["exp_avg_sq_sum"].dtype == torch.float64
+    optimizer.load_state_dict(loaded["optimizer"])
+
+
+# ---- checkpoints of torch.optim ------------------------------------------------------------------
+
+TORCH_KINDS = {
+    "single": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
+
+@every_backend
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("kind", TORCH_KINDS.values(), ids=TORCH_KINDS.keys())
+@pytest.mark.parametrize("method", TORCH)
+@pytest.mark.parametrize("direction", ["from torch", "to torch"])
+def test_training_continues_across_torch(
+    direction: str, method: str, kind: dict[str, Any], amsgrad: bool, backend: str
+) -> None:
+    """Halfway the state moves; one parameter has no gradient before it, one none at all."""
+
+    def theirs(params: list[Tensor], **options: Any) -> Any:
+        groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.5}]
+        return TORCH[method](groups, **kind, **options)
+
+    def mine(params: list[Tensor], **options: Any) -> Any:
+        groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.5}]
+        return Variant(method).build(groups, backend, **options)
+
+    def steps(optimizer: Any, params: list[Tensor], which: range) -> None:
+        train(optimizer, params[:-1], which)  # params[3] begins at step 2, params[-1] never
+
+    expected = weights()
+    steps(theirs(expected, **loud, amsgrad=amsgrad), expected, range(6))
+
+    first, second = (theirs, mine) if direction == "from torch" else (mine, theirs)
+    params = weights()
+    optimizer = first(params, **loud, amsgrad=amsgrad)
+    steps(optimizer, params, range(2))
+    resumed = copies(params)
+    other = second(resumed, lr=0.7)
+    other.load_state_dict(saved(optimizer.state_dict()))
+    steps(other, resumed, range(2, 6))
+    assert_close(resumed, expected)
+
+    # And back again, with what the other one added.
+    back = copies(resumed)
+    again = first(back, lr=0.7)
+    again.load_state_dict(saved(other.state_dict()))
+    steps(again, back, range(6, 8))
+    steps(other, resumed, range(6, 8))
+    assert_close(back, resumed)
+
+
+@every_backend
+@pytest.mark.parametrize("method", ["swd", "spd"])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_swd_and_spd_continue_from_a_state_of_adamw(
+    method: str, amsgrad: bool, backend: str
+) -> None:
+    variant = Variant(method, {"amsgrad": amsgrad})
+    params = weights()
+    theirs = torch.optim.AdamW(params, amsgrad=amsgrad, **loud)
+    train(theirs, params, range(3))
+    mine, expected = copies(params), copies(params)
+    optimizer, reference = variant.build(mine, backend), variant.reference(expected)
+    optimizer.load_state_dict(theirs.state_dict())
+    for p, w in zip(params, expected, strict=True):
+        for key, value in theirs.state.get(p, {}).items():
+            reference.state[w][key] = value.clone()
+    train(optimizer, mine, range(3, 6))
+    train(reference, expected, range(3, 6))
+    assert_close(mine, expected)
+
+
+@every_backend
+def test_a_torch_checkpoint_keeps_our_own_options(backend: str) -> None:
+    """Anchor, schedule, scale are not in it: they stay as constructed. Its numbers count."""
+    params = weights()
+    theirs = torch.optim.AdamW(params, lr=0.3, weight_decay=0.7)
+    train(theirs, params, range(2))
+    early, anchors = schedules.early(4), anchors_of(params)
+    optimizer = wd.AdamW(
+        params, anchor=anchors, decay_schedule=early, cautious=True, lr=0.1, backend=backend
+    )
+    optimizer.load_state_dict(theirs.state_dict())
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.3, 0.7)
+    assert group["decay_schedule"] == early
+    assert group["cautious"]
+    assert group["lr_max"] == 0.1
+    for p, a in zip(params, anchors, strict=True):
+        assert torch.equal(optimizer.state[p]["anchor"], a)
+    for key in ("foreach", "fused", "differentiable", "decoupled_weight_decay"):
+        assert key not in group
+    train(optimizer, params, range(2, 3))
+
+
+@every_backend
+def test_the_state_of_a_torch_run_in_another_precision(backend: str) -> None:
+    """As torch.optim: moments take the dtype of the parameter they are loaded for."""
+    params = weights()
+    theirs = torch.optim.AdamW(params, **loud)
+    train(theirs, params, range(3))
+    singles = [p.detach().float() for p in params]
+    optimizer = wd.AdamW(singles, backend=backend, **loud)
+    optimizer.load_state_dict(theirs.state_dict())
+    assert optimizer.state[singles[0]]["exp_avg"].dtype == torch.float32
+    train(optimizer, singles, range(3, 4))
+    train(theirs, params, range(3, 4))
+    torch.testing.assert_close(singles, [p.detach().float() for p in params])
+
+
+# ---- autograd and memory -------------------------------------------------------------------------
+
+
+@every_backend
+@pytest.mark.parametrize("method", TORCH)
+def test_a_model_trains_as_with_torch(method: str, backend: str) -> None:
+    """Convolution, normalisation, a tied weight, a frozen one and one that gets no gradient."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3).to(memory_format=torch.channels_last)
+            self.norm = nn.BatchNorm2d(4)
+            self.inner, self.outer = nn.Linear(64, 64, bias=False), nn.Linear(64, 64)
+            self.outer.weight = self.inner.weight
+            self.head = nn.Linear(64, 10)
+            self.head.bias.requires_grad_(False)
+            self.unused = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.conv(x)).relu().flatten(1)
+            return self.head(self.outer(self.inner(x).relu()))
+
+    torch.manual_seed(0)
+    model = Model().double()
+    twin = copy.deepcopy(model)
+    runs = []
+    options: dict[str, Any] = {"lr": 0.01, "eps": 1e-8, "weight_decay": 0.1}
+    theirs = TORCH[method](model.parameters(), **options)
+    mine = Variant(method).build(list(twin.parameters()), backend, **options)
+    for network, optimizer in ((model, theirs), (twin, mine)):
+        losses = []
+        for t in range(10):
+            x = random(16, 1, 6, 6, seed=t)
+            target = (x.flatten(1)[:, :10].argmax(1)).long()
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(network(x), target)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        runs.append(losses)
+    assert runs[0][-1] < runs[0][0]
+    # Steps of u = m/sqrt(v) amplify the last digits of small gradients; 1e-12 becomes 1e-9.
+    assert runs[1] == pytest.approx(runs[0], rel=1e-8)
+
+
+@every_backend
+@every_method
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "sliced"])
+def test_autograd_notices_the_update(variant: Variant, backend: str, dense: bool) -> None:
+    whole = torch.ones(3, 2)
+    w = (torch.ones(3) if dense else whole[:, 0]).requires_grad_()
+    idle = (torch.ones(3) if dense else whole[:, 1]).requires_grad_()
+    optimizer = variant.build([w, idle], backend)
+    for _ in range(2):  # the first step plans, the second follows the plan
+        product, other = (w * w).sum(), (idle * idle).sum()
+        w.grad = torch.ones(3)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+        version = idle._version
+        if dense:  # slices share one version counter
+            other.backward()
+            assert idle._version == version
+            idle.grad = None
+
+
+@every_backend
+@every_method
+def test_weights_stay_leaves_that_require_gradients(variant: Variant, backend: str) -> None:
+    params = weights()
+    optimizer = variant.build(params, backend)
+    train(optimizer, params, range(2))
+    assert all(p.requires_grad and p.is_leaf for p in params)
+    assert not any(x.requires_grad for state in optimizer.state.values() for x in state.values())
+
+
+@every_backend
+@every_method
+def test_gradients_are_released(variant: Variant, backend: str) -> None:
+    """Neither the step nor a plan holds on to them, whatever their strides."""
+    params = [torch.ones(4, 3), torch.ones(4, 3), torch.ones(4, 6)[:, ::2]]
+    optimizer = variant.build(params, backend)
+    for _ in range(3):
+        grads = [torch.ones(4, 3), torch.ones(3, 4).t(), torch.ones(4, 3)]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        alive = [weakref.ref(g) for g in grads]
+        del grads, g
+        optimizer.step()
+        optimizer.zero_grad()
+        p.grad = None
+        assert [ref() for ref in alive] == [None] * 3
+
+
+@every_backend
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_zero_grad(set_to_none: bool, backend: str) -> None:
+    """A gradient that is None skips the step; one of zeros takes it."""
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    optimizer = wd.AdamW([w], betas=(0.0, 0.0), backend=backend, lr=0.1, weight_decay=0.2)
+    w.sum().backward()
+    optimizer.step()
+    before = w.detach().clone()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    optimizer.step()
+    assert_close(w.detach(), before if set_to_none else before * 0.98)
+    assert optimizer.state[w]["step"] == (1 if set_to_none else 2)
+
+
+@every_backend
+@every_method
+def test_steps_leave_nothing_behind(variant: Variant, backend: str) -> None:
+    params = [torch.ones(5), torch.ones(2, 6)[:, ::2]]
+    optimizer = variant.build(params, backend)
+
+    def run() -> tuple[int, list[int]]:
+        train(optimizer, params, range(20))
+        optimizer.zero_grad()
+        gc.collect()
+        kept = [*params, *(x for state in optimizer.state.values() for x in state.values())]
+        return len(gc.get_objects()), [sys.getrefcount(x) for x in kept]
+
+    run()
+    first, second = run(), run()
+    assert second[1] == first[1]
+    assert abs(second[0] - first[0]) < 10
+
+
+@every_backend
+@every_method
+def test_a_forgotten_optimizer_is_freed(variant: Variant, backend: str) -> None:
+    w = torch.ones(3)
+    optimizer = variant.build([w], backend)
+    train(optimizer, [w], range(2))
+    alive = [weakref.ref(optimizer), weakref.ref(w), weakref.ref(optimizer.state[w]["exp_avg"])]
+    del optimizer, w
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 3
