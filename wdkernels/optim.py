@@ -38,6 +38,7 @@ from torch import Tensor
 
 from wdkernels import checks, native, reference
 from wdkernels.coefficients import SENSELESS, Hyper, from_group
+from wdkernels.plan import Parameter, Plan
 from wdkernels.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class _Adam(torch.optim.Optimizer):
     _method: ClassVar[str]
     _own: ClassVar[tuple[str, ...]] = ()  # options that not all optimizers have
 
-    _plan: native.Plan | None
+    _plan: Plan | None
     _hypers: dict[int, Hyper]  # by group, in order
     _seen: dict[int, Any]  # the values they were made from
     _checked_memory: list[Any]
@@ -260,7 +261,7 @@ class _Adam(torch.optim.Optimizer):
             return
         plan = native.Plan(
             [
-                native.Parameter(p, self.state.get(p) or None, i, checks.name_of(group, i, k))
+                Parameter(p, self.state.get(p) or None, i, checks.name_of(group, i, k))
                 for i, group in enumerate(self.param_groups)
                 for k, p in enumerate(group["params"])
             ],
