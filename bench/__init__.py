@@ -1,0 +1,18 @@
+"""How fast a step is, beside torch.optim, DeepSpeed and the papers' own style of code.
+
+    python -m bench            everything, about ten minutes; a table, and bench/results/
+    python -m bench --quick    a minute, on small tensors
+    pytest bench/              the same measurement, with all of pytest-benchmark's options
+
+Contenders on one workload take turns, one step each per round, on the same weights, gradients and
+state. A ratio is the median over the rounds of the ratio within a round, so what slows the whole
+machine for a second or a minute slows both sides of it.
+
+    workloads.py     what is measured: lists of tensor shapes
+    contenders.py    who is measured: optimizers, and what they must move
+    papers.py        SWD and SPD as research repositories write them
+    limit.py         how fast this machine moves memory
+    runner.py        the rounds
+    test_bench.py    the same as pytest-benchmark sees it
+    report.py        table, JSON, Markdown, chart
+"""

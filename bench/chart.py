@@ -1,0 +1,209 @@
+"""The results as a picture: a panel for each question."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.results import Results, Row
+from bench.targets import PLAIN_DECAYS
+
+OURS, OTHERS, INK, FAINT = "#c8385a", "#a9b6c3", "#22303c", "#e3e8ec"
+STYLE = {
+    "font.size": 11,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.bottom": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+}
+MAKERS = ("wdkernels", "DeepSpeed", "torch fused", "torch foreach", "torch single")
+
+
+class Bar(NamedTuple):
+    label: str
+    value: float
+    text: str
+    color: str
+    heading: str = ""  # written above the first bar that has it
+
+
+def draw(results: Results, path: Path) -> None:
+    m = results.machine
+    caption = (
+        f"wdkernels {m['wdkernels']} and others on {m['device']}, {m['threads']} threads, torch "
+        f"{m['torch']}, {results.date}. Contenders take turns; medians over the rounds."
+    )
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(18, 11))
+        figure.subplots_adjust(
+            left=0.09, right=0.97, bottom=0.05, top=0.84, wspace=0.5, hspace=0.34
+        )
+        figure.text(0.015, 0.95, "How fast is a step?", size=22, weight="bold")
+        figure.text(0.015, 0.925, caption, size=12)
+        for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+            panel(axes, results)
+            if not axes.has_data():
+                axes.text(0.5, 0.5, "not part of this run", ha="center", transform=axes.transAxes)
+                axes.set_axis_off()
+        figure.savefig(path, dpi=90)
+
+
+def _memory(axes: Axes, results: Results) -> None:
+    _title(axes, "As fast as memory?", "AdamW on one tensor of 32M, share of the measured limit")
+    rows = _adamw(results, "32M", MAKERS)
+    shares = [(row, share) for row in rows if (share := results.of_limit(row))]
+    _bars(axes, (Bar(r.maker, share, f"{share:.0%}", _color(r)) for r, share in shares), line=1)
+
+
+def _models(axes: Axes, results: Results) -> None:
+    _title(axes, "Faster on whole models?", "AdamW, milliseconds a step")
+    rows = _adamw(results, "gpt2", MAKERS[:3]) + _adamw(results, "resnet50", MAKERS[:3])
+    _bars(axes, (Bar(r.maker, r.ms, f"{r.ms:.3g} ms", _color(r), r.title) for r in rows))
+
+
+def _decays(axes: Axes, results: Results) -> None:
+    _title(axes, "What does another decay cost?", "GPT-2 124M, time of a step over AdamW's")
+    sums = (f"wdkernels {method}" for method in ("AdamSWD", "AdamSPD rests", "AdamSPD fires"))
+    adamw = results.find("gpt2", "wdkernels AdamW")
+    if adamw is None:
+        return
+    bars = []
+    for row in _rows(results, "gpt2", (*PLAIN_DECAYS, *sums)):
+        time, bytes_ = row.time_over(adamw), row.bytes / adamw.bytes
+        moved = f", {bytes_:.2f}× the bytes" if bytes_ > 1 else ""
+        bars.append(Bar(row.method, time, f"{time:.2f}×{moved}", _color(row)))
+    _bars(axes, bars, line=1, room=1.7)
+
+
+def _papers(axes: Axes, results: Results) -> None:
+    _title(axes, "And the papers' own code?", "GPT-2 124M, time of a step over torch fused AdamW's")
+    methods = ("AdamSWD", "AdamSPD rests", "AdamSPD fires")
+    names = [f"{maker} {method}" for method in methods for maker in ("wdkernels", "paper")]
+    rows = _rows(results, "gpt2", names)
+    times = [(row, 1 / speed) for row in rows if (speed := results.of_fused(row))]
+    _bars(axes, (Bar(r.maker, t, f"{_number(t)}×", _color(r), r.method) for r, t in times), line=1)
+
+
+def _small(axes: Axes, results: Results) -> None:
+    _title(axes, "With many small tensors?", "AdamW here and in torch, milliseconds, logarithmic")
+    titles: list[str] = []
+    for workload in ("300x256", "1000x16", "1000x256", "10000x64"):
+        rows = _adamw(results, workload, ("wdkernels", "torch fused", "torch foreach"))
+        if not rows:
+            continue
+        y, times = len(titles), [row.ms for row in rows]
+        axes.plot(times, [y] * len(rows), color=FAINT, linewidth=3, zorder=1)
+        axes.scatter(times, [y] * len(rows), s=120, c=[_color(row) for row in rows], zorder=2)
+        for row in rows:
+            name = "" if titles else row.maker.removeprefix("torch ") + "\n"
+            _note(axes, f"{name}{_number(row.ms)}", (row.ms, y), (0, 10), ha="center")
+        if speed := results.of_fused(rows[0]):
+            between = math.sqrt(times[0] * times[1])
+            _note(
+                axes, f"{speed:.0f}×", (between, y), (0, -7), ha="center", va="top", weight="bold"
+            )
+        titles.append(rows[0].title)
+    axes.set_xscale("log")
+    axes.set_xticks([])
+    axes.set_xticks([], minor=True)
+    axes.set_yticks(range(len(titles)), titles)
+    axes.set_ylim(len(titles) - 0.5, -0.8)
+    axes.margins(x=0.12)
+
+
+def _groups(axes: Axes, results: Results) -> None:
+    _title(axes, "And in many param groups?", "AdamW, 1,000 × 256, milliseconds, logarithmic")
+    for maker in ("wdkernels", "torch fused", "torch foreach"):
+        groups = ("", " (10 groups)", " (100 groups)")
+        rows = _rows(results, "1000x256", (f"{maker} AdamW{suffix}" for suffix in groups))
+        if not rows:
+            continue
+        color = _color(rows[0])
+        points = [(row.groups, row.ms) for row in rows]
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=3, marker="o", markersize=10)
+        for point in points:
+            _note(axes, _number(point[1]), point, (0, 10), ha="center")
+        _note(axes, maker, points[-1], (14, 0), va="center")
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks([1, 10, 100], ["1 group", "10 groups", "100 groups"])
+    axes.set_yticks([])
+    axes.set_yticks([], minor=True)
+    axes.set_xlim(0.6, 1500)
+    axes.margins(y=0.15)
+
+
+PANELS: tuple[Callable[[Axes, Results], None], ...] = (
+    _memory,
+    _models,
+    _decays,
+    _papers,
+    _small,
+    _groups,
+)
+
+
+def _rows(results: Results, workload: str, names: Iterable[str]) -> list[Row]:
+    return [row for name in names if (row := results.find(workload, name))]
+
+
+def _adamw(results: Results, workload: str, makers: Iterable[str]) -> list[Row]:
+    return _rows(results, workload, (f"{maker} AdamW" for maker in makers))
+
+
+def _color(row: Row) -> str:
+    return OURS if row.maker == "wdkernels" else OTHERS
+
+
+def _title(axes: Axes, question: str, subject: str) -> None:
+    axes.text(0, 1.11, question, size=15, weight="bold", transform=axes.transAxes)
+    axes.text(0, 1.045, subject, transform=axes.transAxes)
+
+
+def _note(
+    axes: Axes, text: str, at: tuple[float, float], by: tuple[float, float], **how: Any
+) -> None:
+    """Text beside a point, `by` points of the typographic kind away from it."""
+    axes.annotate(text, at, by, textcoords="offset points", **how)
+
+
+def _number(x: float) -> str:
+    return f"{x:.0f}" if x >= 99.5 else f"{x:#.2g}".rstrip(".")
+
+
+def _bars(axes: Axes, bars: Iterable[Bar], line: float | None = None, room: float = 1.15) -> None:
+    """Horizontal bars, the first on top, labelled with their values; `room` for the longest."""
+    bars = list(bars)
+    if not bars:
+        return
+    labels: list[str] = []
+    for number, bar in enumerate(bars):
+        if bar.heading and (number == 0 or bar.heading != bars[number - 1].heading):
+            labels.append(bar.heading)
+        y = len(labels)
+        labels.append(bar.label)
+        axes.barh(y, bar.value, color=bar.color, height=0.74)
+        # Where a bar ends just short of the line, its label stands beyond it.
+        end = line if line and 0.8 * line < bar.value < line else bar.value
+        _note(axes, bar.text, (end, y), (5, 0), va="center")
+    axes.set_yticks(range(len(labels)), labels)
+    headings = {bar.heading for bar in bars}
+    for label in axes.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in headings else "normal")
+    axes.set_xticks([])
+    axes.set_xlim(0, room * max(bar.value for bar in bars))
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    if line is not None:
+        axes.axvline(line, color=INK, linewidth=1.2, linestyle=(0, (3, 2)))

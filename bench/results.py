@@ -1,0 +1,91 @@
+"""What was measured, and ratios taken within rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Row:
+    workload: str
+    title: str  # of the workload
+    maker: str
+    method: str
+    groups: int
+    bytes: int
+    seconds: dict[int, float]  # by round
+
+    @property
+    def name(self) -> str:
+        return f"{self.maker} {self.method}{self.in_groups}"
+
+    @property
+    def in_groups(self) -> str:
+        return f" ({self.groups} groups)" if self.groups > 1 else ""
+
+    @property
+    def ms(self) -> float:
+        return 1e3 * median(self.seconds.values())
+
+    @property
+    def quartiles_ms(self) -> tuple[float, float]:
+        first, last = np.quantile(list(self.seconds.values()), (0.25, 0.75))
+        return 1e3 * first, 1e3 * last
+
+    @property
+    def gbs(self) -> float:
+        return self.bytes / self.ms / 1e6
+
+    def time_over(self, other: Row) -> float:
+        """This one's time over the other's: the median of the ratios within rounds."""
+        common = self.seconds.keys() & other.seconds.keys()
+        return median(self.seconds[k] / other.seconds[k] for k in common)
+
+    def rate_over(self, other: Row) -> float:
+        """This one's bytes per second over the other's."""
+        return self.bytes / other.bytes / self.time_over(other)
+
+
+@dataclass(frozen=True)
+class Results:
+    machine: dict[str, Any]
+    date: str
+    commit: str
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, benchmark_json: dict[str, Any]) -> Results:
+        """From what pytest-benchmark writes."""
+        commit = benchmark_json["commit_info"]
+        return cls(
+            machine=benchmark_json["machine_info"],
+            date=benchmark_json["datetime"][:10],
+            commit=commit["id"][:12] + (" and uncommitted changes" if commit["dirty"] else ""),
+            rows=tuple(_row(b["stats"], **b["extra_info"]) for b in benchmark_json["benchmarks"]),
+        )
+
+    def find(self, workload: str, name: str) -> Row | None:
+        found = (row for row in self.rows if row.workload == workload and row.name == name)
+        return next(found, None)
+
+    def workloads(self) -> Iterable[str]:
+        return dict.fromkeys(row.workload for row in self.rows)
+
+    def of_limit(self, row: Row) -> float | None:
+        """Its share of the bytes per second that the memory allows."""
+        limit = self.find(row.workload, "memory limit")
+        return row.rate_over(limit) if limit else None
+
+    def of_fused(self, row: Row) -> float | None:
+        """How many of its steps torch's fused AdamW takes the time of."""
+        fused = self.find(row.workload, f"torch fused AdamW{row.in_groups}")
+        return fused.time_over(row) if fused else None
+
+
+def _row(stats: dict[str, Any], *, rounds: list[int], **fields: Any) -> Row:
+    return Row(**fields, seconds=dict(zip(rounds, stats["data"], strict=True)))

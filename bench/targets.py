@@ -1,0 +1,99 @@
+"""What the project asks of itself. Each question is about a ratio of two times."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from bench.results import Results, Row
+
+# Every decay that needs no sum over tensors first, and so should cost what AdamW costs.
+PLAIN_DECAYS = (
+    "wdkernels AdamW schedule",
+    "wdkernels AdamW relative_lr",
+    "wdkernels AdamW corrected",
+    "wdkernels AdamW cautious",
+    "wdkernels AdamW anchor",
+    "wdkernels AdamW amsgrad",
+    "wdkernels Adam",
+    "wdkernels Adam unmixed",
+    "wdkernels Adam anchor",
+)
+LARGE = ("32M", "gpt2", "resnet50")
+ADAMW, SWD, SPD = "wdkernels AdamW", "wdkernels AdamSWD", "wdkernels AdamSPD"
+
+
+class Target(NamedTuple):
+    question: str
+    sign: str
+    bound: float
+    workloads: tuple[str, ...]
+    time: str | tuple[str, ...]  # of several contenders, the slowest is taken
+    over: str | None  # None: the time itself, in milliseconds
+    per_byte: bool = False
+
+    @property
+    def unit(self) -> str:
+        return "×" if self.over else " ms"
+
+    def measured(self, results: Results, workload: str) -> float | None:
+        """None if this run has not got it."""
+        names = (self.time,) if isinstance(self.time, str) else self.time
+        rows = [row for name in names if (row := results.find(workload, name))]
+        over = results.find(workload, self.over) if self.over else None
+        if not rows or (self.over and not over):
+            return None
+        return max(self._figure(row, over) for row in rows)
+
+    def met(self, figure: float) -> bool:
+        return figure >= self.bound if self.sign == "≥" else figure <= self.bound
+
+    def _figure(self, row: Row, over: Row | None) -> float:
+        if over is None:
+            return row.ms
+        return over.rate_over(row) if self.per_byte else row.time_over(over)
+
+
+TARGETS = (
+    Target("AdamW: speed over torch fused", "≥", 1, LARGE, "torch fused AdamW", ADAMW),
+    Target("AdamW: speed over DeepSpeedCPUAdam", "≥", 1, LARGE, "DeepSpeed AdamW", ADAMW),
+    Target("AdamW: speed over memory's limit", "≥", 0.95, LARGE, "memory limit", ADAMW),
+    Target("AdamW: speed over torch fused", "≥", 25, ("300x256",), "torch fused AdamW", ADAMW),
+    Target("AdamW: a step of 1,000 parameters", "≤", 0.6, ("1000x16",), ADAMW, None),
+    Target(
+        "AdamW: time in 100 groups over one",
+        "≤",
+        1.1,
+        ("1000x16", "1000x256"),
+        f"{ADAMW} (100 groups)",
+        ADAMW,
+    ),
+    Target(
+        "Slowest decay without a sum: time per byte over AdamW",
+        "≤",
+        1.03,
+        LARGE,
+        PLAIN_DECAYS,
+        ADAMW,
+        per_byte=True,
+    ),
+    Target("AdamSWD: time over AdamW", "≤", 1.3, LARGE, SWD, ADAMW),
+    Target("AdamSWD: speed over the paper's code", "≥", 5, LARGE, "paper AdamSWD", SWD),
+    Target("AdamSPD, rests: time over AdamW", "≤", 1.45, LARGE, f"{SPD} rests", ADAMW),
+    Target("AdamSPD, fires: time over AdamW", "≤", 1.45, LARGE, f"{SPD} fires", ADAMW),
+    Target(
+        "AdamSPD, rests: speed over the paper's code",
+        "≥",
+        8,
+        LARGE,
+        "paper AdamSPD rests",
+        f"{SPD} rests",
+    ),
+    Target(
+        "AdamSPD, fires: speed over the paper's code",
+        "≥",
+        8,
+        LARGE,
+        "paper AdamSPD fires",
+        f"{SPD} fires",
+    ),
+)
