@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -112,3 +112,42 @@ def _flag(group: Mapping[str, Any], name: str) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, not {value!r}")
     return value
+
+
+class Coefficients(NamedTuple):
+    """The numbers of one parameter's step, as in csrc/update.h: rounded once, by who uses them."""
+
+    sign: float
+    one_minus_beta1: float
+    one_minus_beta2: float
+    step_size: float
+    eps: float
+    decay: float
+
+
+def bias_correction2(h: Hyper, t: float) -> float:
+    return 1 - math.pow(h.beta2, t)
+
+
+def coefficients(h: Hyper, t: float) -> Coefficients:
+    """A group's numbers at step t = 1, 2, 3...: operation for operation csrc/coefficients.h."""
+    bias_correction1 = 1 - math.pow(h.beta1, t)
+    root = math.sqrt(bias_correction2(h, t))
+    decay = h.weight_decay
+    schedule = h.decay_schedule or {"kind": "constant"}
+    for each in schedule["factors"] if schedule["kind"] == "product" else [schedule]:
+        decay *= schedules.factor(each, int(t))
+
+    if h.method == "unmixed":
+        decay *= bias_correction1
+    elif h.method in ("decoupled", "swd"):
+        relative = h.lr if h.decay_scale == "lr" else h.lr / h.lr_max
+        decay *= h.lr * relative if h.decay_scale == "corrected" else relative
+    return Coefficients(
+        sign=-1.0 if h.maximize else 1.0,
+        one_minus_beta1=1 - h.beta1,
+        one_minus_beta2=1 - h.beta2,
+        step_size=h.lr * root / bias_correction1,
+        eps=h.eps * root,
+        decay=decay,
+    )

@@ -30,13 +30,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 
-from wdkernels import checks, native, reference
+from wdkernels import checks, native, reference, triton_backend
 from wdkernels.coefficients import SENSELESS, Hyper, from_group
 from wdkernels.plan import Parameter, Plan
 from wdkernels.schedules import Schedule
@@ -72,7 +72,8 @@ class Decoupled(Anchored, total=False):
     cautious: bool
 
 
-_BACKENDS = ("auto", "native", "triton", "eager")
+_MODULES: dict[str, ModuleType] = {"native": native, "triton": triton_backend}  # the best one first
+_BACKENDS = ("auto", *_MODULES, "eager")
 _COMMON = (
     *("lr", "betas", "eps", "weight_decay", "amsgrad"),
     *("maximize", "capturable", "anchor", "decay_schedule"),
@@ -246,20 +247,14 @@ class _Adam(torch.optim.Optimizer):
     def _step_anew(self) -> None:
         """The step of a new set of tensors, or of a backend that keeps no plan."""
         groups = self._checked_groups()
-        everything = [p for group in self.param_groups for p in group["params"]]
-        refusal = native.refuses(everything)
-        if self._backend == "triton":
-            raise ValueError("backend 'triton' can't be had: it is not part of this version")
-        if self._backend == "native" and refusal:
-            raise ValueError(f"backend 'native' can't be had: {refusal}; try backend='auto'")
-
+        backend = self._choose([p for group in self.param_groups for p in group["params"]])
         for group in groups:
             for p in group.params:
                 self._complete_state(p, group.hyper)
-        if self._backend == "eager" or refusal:
+        if backend is None:
             reference.step(groups)
             return
-        plan = native.Plan(
+        plan: Plan = backend.Plan(
             [
                 Parameter(p, self.state.get(p) or None, i, checks.name_of(group, i, k))
                 for i, group in enumerate(self.param_groups)
@@ -272,6 +267,18 @@ class _Adam(torch.optim.Optimizer):
         if not plan.step(self.state, self.param_groups):
             raise RuntimeError("tensors changed while the step was being prepared")
         self._plan = plan
+
+    def _choose(self, params: Sequence[Tensor]) -> ModuleType | None:
+        """The backend that updates these parameters; None for the eager formulas."""
+        for name, module in _MODULES.items():
+            if self._backend not in (name, "auto"):
+                continue
+            refusal = module.refuses(params)
+            if refusal is None:
+                return module
+            if self._backend == name:
+                raise ValueError(f"backend {name!r} can't be had: {refusal}; try backend='auto'")
+        return None
 
     def _checked_groups(self) -> list[reference.Group]:
         """Every parameter that has a gradient, after a look at everything a step relies on."""

@@ -1,0 +1,422 @@
+"""The Triton backend: one launch for all tensors and groups, on any GPU that Triton compiles for.
+
+Without a compiled module and on devices it has no kernels for. Kernels and tables are those of
+triton_kernels.py; nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from wdkernels import layouts
+from wdkernels.coefficients import Hyper, bias_correction2, coefficients
+from wdkernels.plan import Parameter, Weights
+
+_REALS = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
+_is_wrapper: Callable[[Tensor], bool] = is_traceable_wrapper_subclass  # DTensor, for instance
+_COUNTERS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}  # a step, in place
+
+# IEEE arithmetic without contraction: the bits of the native backend.
+_LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def refuses(tensors: Sequence[Tensor]) -> str | None:
+    """Why this backend cannot update these tensors; None if it can."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for x in tensors:
+        if _is_wrapper(x):
+            return f"it takes plain tensors, no {type(x).__name__}"
+        if x.device.type not in (("cpu",) if interpreted else ("cuda", "xpu")):
+            where = "in Triton's interpreter " if interpreted else ""
+            return f"{where}it has no kernels for {x.device.type} tensors"
+        if x.dtype not in _REALS:
+            return f"it has no kernels for {x.dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return None if interpreted else _no_driver()
+
+
+@cache
+def _no_driver() -> str | None:
+    """Why Triton cannot launch kernels here; it compiles its launcher when it is asked."""
+    import triton  # type: ignore[import-untyped]
+
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return f"Triton finds no device, or no C compiler to drive it ({error})"
+    if target.backend == "cuda" and target.arch < 70:
+        return f"Triton has no code for GPUs of compute capability {target.arch / 10}"
+    return None
+
+
+@cache
+def _kernels() -> Any:
+    """The kernels, imported with Triton when they are first needed."""
+    from wdkernels import triton_kernels
+
+    return triton_kernels
+
+
+class _Member(NamedTuple):
+    """A parameter that can be updated, and what a step of it touches besides the gradient."""
+
+    group: int
+    weight: Tensor
+    streams: dict[str, Tensor]  # entries of its state
+
+
+class Plan:
+    """All tensors of an optimizer, in tables on their devices; valid until `step` says no."""
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        hypers: Sequence[Hyper],
+        state: dict[Tensor, Any],
+        param_groups: list[dict[str, Any]],
+    ) -> None:
+        self._parameters = parameters
+        self._hypers = list(hypers)
+        self._weights = Weights(parameters)
+        self._states = list(state.values())  # held, so that no other dict can take an id
+        self._objects = _objects(state, param_groups)
+        self._members: dict[int, _Member] = {}
+        self._places: list[tuple[dict[str, Any], str]] = []
+        self._streams: list[Tensor] = []
+        for position, p in enumerate(parameters):
+            member = _member(p, self._weights[position], self._hypers[p.group])
+            if member is not None and p.state is not None:
+                self._members[position] = member
+                self._places += [(p.state, key) for key in member.streams]
+                self._streams += member.streams.values()
+        self._tensors = [parameters[i].tensor for i in self._members] + self._streams
+        self._signature = _signature(self._tensors)
+
+        # Of the parameters that have a gradient: by position, and in tables.
+        self._active: list[int] = []
+        self._lists: list[_TensorList] = []
+        self._orders: tuple[list[Any], ...] = ()
+        self._maybe_lazy: list[int] = []
+
+    def set_hyper(self, group: int, hyper: Hyper) -> None:
+        """Numbers may change; what decides over the streams that are read may not."""
+        if hyper.cautious != self._hypers[group].cautious:
+            self._active = []  # the tables say who is
+        self._hypers[group] = hyper
+
+    def step(self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]]) -> bool:
+        """One optimizer step; False, with nothing done, if the plan is out of date."""
+        if not self._unchanged(state, param_groups):
+            return False
+        active = [i for i, p in enumerate(self._parameters) if p.tensor.grad is not None]
+        if active != self._active:
+            if not self._members.keys() >= set(active):
+                return False
+            self._build(active)
+        gradients = self._gradients()
+
+        self._weights.load()
+        addresses = [*map(Tensor.data_ptr, gradients)]
+        for each in self._lists:
+            each.prepare([addresses[k] for k in each.places])
+        _phases(self._lists)
+        # Autograd must know, as of any in-place operation, that saved weights are out of date.
+        torch.autograd.graph.increment_version([self._parameters[i].tensor for i in active])
+        self._weights.store()
+        return True
+
+    def _unchanged(self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]]) -> bool:
+        return (
+            _objects(state, param_groups) == self._objects
+            and all(map(is_, self._streams, [entry.get(key) for entry, key in self._places]))
+            and _signature(self._tensors) == self._signature
+        )
+
+    def _build(self, active: list[int]) -> None:
+        """Tables for another set of parameters that have a gradient."""
+        members = [self._members[i] for i in active]
+        kinds: dict[Any, list[int]] = {}
+        for k, member in enumerate(members):
+            x, method = member.weight, self._hypers[member.group].method
+            kinds.setdefault((x.device, _REALS[x.dtype], method), []).append(k)
+        self._lists = [
+            _TensorList(places, [members[k] for k in places], self._hypers, *kind)
+            for kind, places in kinds.items()
+        ]
+        weights = [member.weight for member in members]
+        self._orders = _orders(weights)
+        self._maybe_lazy = [k for k, x in enumerate(weights) if x.is_complex() or x.numel() == 1]
+        self._active = active
+
+    def _gradients(self) -> list[Tensor]:
+        """Every gradient, in the order of its weight: itself, or a copy of one that is not."""
+        found = [self._parameters[i].tensor.grad for i in self._active]
+        gradients = [g for g in found if g is not None]
+        regular = (
+            {torch.strided} >= {*map(attrgetter("layout"), gradients)}
+            and _orders(gradients) == self._orders
+            # Only a view of a complex tensor, or of one element of it, can be lazy and yet dense.
+            and not any(gradients[k].is_conj() or gradients[k].is_neg() for k in self._maybe_lazy)
+        )
+        return gradients if regular else [*map(self._weights.gradient, self._active)]
+
+
+def _objects(state: dict[Tensor, Any], param_groups: list[dict[str, Any]]) -> list[list[int]]:
+    """Which parameters stand where, and their states."""
+    return [[*map(id, group["params"])] for group in param_groups] + [[*map(id, state.values())]]
+
+
+def _signature(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """What must not change about tensors that are known.
+
+    An address alone would not do: allocators hand the same one out again. Each attribute is asked
+    of all tensors at once, which costs a fraction of asking one tensor after the other.
+    """
+    return (
+        [*map(Tensor.data_ptr, tensors)],
+        [*map(Tensor.numel, tensors)],
+        [*map(Tensor.stride, tensors)],
+        [*map(attrgetter("dtype"), tensors)],
+    )
+
+
+def _orders(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """Equal for strided tensors whose elements are alike and lie in the same order."""
+    return (
+        [*map(Tensor.size, tensors)],
+        [*map(Tensor.stride, tensors)],
+        [*map(attrgetter("dtype"), tensors)],
+        [*map(Tensor.get_device, tensors)],
+    )
+
+
+def _member(p: Parameter, weight: Tensor, hyper: Hyper) -> _Member | None:
+    """None if the state is not (or not yet) one that the kernels could use."""
+    keys = ["step", "exp_avg", "exp_avg_sq"]
+    if hyper.amsgrad:
+        keys.append("max_exp_avg_sq")
+    elif hyper.method == "swd":
+        keys.append("exp_avg_sq_sum")
+    if hyper.anchored:
+        keys.append("anchor")
+    if p.state is None or not p.state.keys() >= set(keys):
+        return None
+
+    streams = {key: p.state[key] for key in keys}
+    for key, x in streams.items():
+        if key == "step":
+            fits = x.device.type == "cpu" and x.dtype in _COUNTERS and x.numel() == 1
+        elif key == "exp_avg_sq_sum":
+            fits = x.device == weight.device and x.dtype == torch.float64 and x.numel() == 1
+        else:
+            fits = x.device == weight.device and x.dtype == weight.dtype
+            fits = fits and layouts.same_order(x, weight)
+        if not fits:
+            return None
+    return _Member(p.group, weight, streams)
+
+
+def _phases(lists: Sequence[_TensorList]) -> None:
+    """A step on the devices, of lists that are prepared: at most three phases.
+
+    What tensors share stands between them. Lists are apart by device and type, V is not.
+    """
+    stable = [each for each in lists if each.method == "swd"]
+    for each in stable:
+        each.reduce()
+    elements = sum(each.elements for each in stable)
+    for each in stable:
+        each.stabilise([other.means for other in stable], elements)
+
+    for each in lists:
+        each.update()
+
+    for each in lists:
+        if each.method == "spd":
+            each.project()
+
+
+class _TensorList:
+    """Tensors of one device, type and method, in tables: what a launch works through.
+
+    `places` says where its members stand in the list of all gradients.
+    """
+
+    def __init__(
+        self,
+        places: list[int],
+        members: Sequence[_Member],
+        hypers: Sequence[Hyper],
+        device: torch.device,
+        dtype: torch.dtype,
+        method: str,
+    ) -> None:
+        kernels = _kernels()
+        self.places = places
+        self.method = method
+        self._device = device
+        self._dtype = dtype
+        self._hypers = hypers
+        self._groups = [member.group for member in members]
+        steps = [member.streams["step"] for member in members]
+        self._counters = [_COUNTERS[x.dtype].from_address(x.data_ptr()) for x in steps]
+        sizes = [x.numel() * (2 if x.is_complex() else 1) for x in (m.weight for m in members)]
+        self.elements = sum(sizes)
+
+        hyper_of = [hypers[group] for group in self._groups]
+        self._constants = {
+            "decay": {"swd": "decoupled", "spd": "projection"}.get(method, method),
+            "ANCHORED": any(h.anchored for h in hyper_of),
+            "AMSGRAD": any(h.amsgrad for h in hyper_of),
+            "CAUTIOUSLY": any(h.cautious for h in hyper_of),
+        }
+
+        def address(member: _Member, key: str) -> int:
+            return member.streams[key].data_ptr() if key in member.streams else 0
+
+        words = [
+            [
+                member.weight.data_ptr(),
+                address(member, "exp_avg"),
+                address(member, "exp_avg_sq"),
+                address(member, "max_exp_avg_sq"),
+                address(member, "anchor"),
+                size,
+                hyper.cautious,
+                0,
+            ]
+            for member, size, hyper in zip(members, sizes, hyper_of, strict=True)
+        ]
+        (self._tensors,) = _sent(torch.tensor(words, dtype=torch.int64), device=device)
+        self._chunks, self._firsts = _pieces(sizes, kernels.CHUNK.value, device)
+        if method == "swd":
+            kept = [address(member, "exp_avg_sq_sum") for member in members]
+            (self._kept,) = _sent(torch.tensor(kept, dtype=torch.int64), device=device)
+            self._spans, self._firsts = _pieces(sizes, kernels.SPAN.value, device)
+
+    def prepare(self, gradients: Sequence[int]) -> None:
+        """Count the steps, and send what each of them changes: gradients' addresses, numbers."""
+        rows: dict[tuple[int, float], int] = {}
+        dynamic = []
+        for gradient, counter, group in zip(gradients, self._counters, self._groups, strict=True):
+            t = counter.value = counter.value + 1
+            dynamic += [gradient, rows.setdefault((group, t), len(rows))]
+        numbers = [coefficients(self._hypers[group], t) for group, t in rows]
+        exact = [
+            (c.decay, c.one_minus_beta2, bias_correction2(self._hypers[group], t))
+            for c, (group, t) in zip(numbers, rows, strict=True)
+        ]
+        self._dynamic, self._exact, self._numbers = _sent(
+            torch.tensor(dynamic, dtype=torch.int64),
+            torch.tensor(exact, dtype=torch.float64),
+            torch.tensor(numbers, dtype=self._dtype),
+            device=self._device,
+        )
+
+    def reduce(self) -> None:
+        """SWD: every tensor's part of V."""
+        k = _kernels()
+        partials = self._empty(len(self._spans))
+        self.means = self._empty(len(self._tensors))
+        self._launch(
+            k.reduce_kernel,
+            len(self._spans),
+            *(self._tensors, self._dynamic, self._spans, self._numbers, partials),
+            AMSGRAD=self._constants["AMSGRAD"],
+        )
+        self._launch(
+            k.fold_kernel,
+            len(self._tensors),
+            *(self._dynamic, self._kept, self._firsts, self._exact, partials, self.means),
+        )
+
+    def stabilise(self, means: Sequence[Tensor], elements: int) -> None:
+        """SWD: V from the parts of all lists, and with it this list's decay."""
+        parts = [each.to(self._device, non_blocking=True) for each in means]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        self._launch(
+            _kernels().stabilise_kernel,
+            1,
+            *(joined, len(joined), elements, self._exact, self._numbers, len(self._numbers)),
+        )
+
+    def update(self) -> None:
+        projected = self.method == "spd"
+        self._partials = self._empty(3 * len(self._chunks)) if projected else None
+        self._launch(
+            _kernels().update_kernel,
+            len(self._chunks),
+            *(self._tensors, self._dynamic, self._chunks, self._numbers, self._partials),
+            **self._constants,
+        )
+
+    def project(self) -> None:
+        """SPD: the second touch, of the tensors that it selects."""
+        k = _kernels()
+        shrink = self._empty(len(self._tensors), self._dtype)
+        self._launch(
+            k.select_kernel,
+            len(self._tensors),
+            *(self._dynamic, self._firsts, self._exact, self._partials, shrink),
+        )
+        self._launch(
+            k.pull_kernel,
+            len(self._chunks),
+            *(self._tensors, self._dynamic, self._chunks, shrink),
+            ANCHORED=self._constants["ANCHORED"],
+        )
+
+    def _empty(self, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Scratch of this step: its allocator keeps it for the stream that the step runs on."""
+        return torch.empty(size, dtype=dtype, device=self._device)
+
+    def _launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        if programs == 0:
+            return
+        module = torch.get_device_module(self._device)
+        with nullcontext() if self._device.type == "cpu" else module.device(self._device):
+            kernel[(programs,)](*arguments, **constants, **_LAUNCH)
+
+
+def _pieces(sizes: Sequence[int], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Every piece's tensor and number in it, int32 [pieces, 2]; every tensor's first piece and,
+    last, the number of pieces, int32 [tensors + 1]."""
+    counts = (torch.tensor(sizes, dtype=torch.int64) + size - 1) // size
+    firsts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    tensor = torch.repeat_interleave(counts)
+    number = torch.arange(len(tensor)) - firsts[tensor]
+    pieces = torch.stack([tensor, number], 1)
+    sent_pieces, sent_firsts = _sent(pieces.int(), firsts.int(), device=device)
+    return sent_pieces, sent_firsts
+
+
+def _sent(*tables: Tensor, device: torch.device) -> list[Tensor]:
+    """The tables on the device, by one asynchronous copy. The memory it reads is pinned, and not
+    given out again before the copy is done."""
+    flat = [each.contiguous().view(-1).view(torch.uint8) for each in tables]
+    sizes = [len(each) + -len(each) % 16 for each in flat]  # every table aligned
+    data = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type != "cpu")
+    for each, place in zip(flat, data.split(sizes), strict=True):
+        place[: len(each)] = each
+    parts = data.to(device, non_blocking=True).split(sizes)
+    return [
+        part[: len(each)].view(table.dtype).view(table.shape)
+        for part, each, table in zip(parts, flat, tables, strict=True)
+    ]
