@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -59,9 +59,15 @@ class Weights:
 
     def load(self) -> None:
         """Copy the parameters that are not dense; `store` brings them back."""
-        for position, copy in self._copies.items():
-            copy.copy_(self._parameters[position].tensor)
+        for parameter, copy in self._copied():
+            copy.copy_(parameter)
 
     def store(self) -> None:
+        for parameter, copy in self._copied():
+            parameter.copy_(copy)
+
+    def _copied(self) -> Iterator[tuple[Tensor, Tensor]]:
         for position, copy in self._copies.items():
-            self._parameters[position].tensor.copy_(copy)
+            parameter = self._parameters[position].tensor
+            if parameter.grad is not None:
+                yield parameter, copy
