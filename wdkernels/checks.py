@@ -29,6 +29,11 @@ def check_parameter(p: Tensor, name: str) -> None:
         raise TypeError(f"{name} has dtype {p.dtype}; only floating and complex tensors can learn")
     if p.layout != torch.strided:
         raise TypeError(f"{name} has layout {p.layout}; only strided tensors are supported")
+    if p.is_conj() or p.is_neg():
+        raise ValueError(
+            f"{name} is a lazily conjugated or negated view, whose memory holds other numbers: "
+            "make it a tensor of its own with .resolve_conj().resolve_neg()"
+        )
 
 
 def check_memory(params: Sequence[Tensor], names: Sequence[str]) -> None:

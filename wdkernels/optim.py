@@ -189,7 +189,7 @@ class _Adam(torch.optim.Optimizer):
         hyper = self._hyper(group, index)
         if anchors is not None:
             for p, anchor in zip(params, anchors, strict=True):
-                self.state[p]["anchor"] = anchor.detach()
+                self.state[p]["anchor"] = anchor.detach().resolve_conj().resolve_neg()
                 self._complete_state(p, hyper)
 
     def _hyper(self, group: dict[str, Any], index: int) -> Hyper:
