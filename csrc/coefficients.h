@@ -94,7 +94,7 @@ inline double selected_decay(double lambda, const ProjectionSums& sums) {
   const double after = std::sqrt(sums.distance2);
   const double before = std::sqrt(std::fmax(sums.distance2 - sums.growth2, 0));
   const double ratio = sums.growth2 / ((after + before) * after);  // (after - before) / after
-  return lambda * (ratio < 0 ? 0 : ratio > 1 ? 1 : ratio);  // NaN stays NaN
+  return lambda * (ratio < 0 ? 0 : ratio > 1 ? 1 : ratio);         // NaN stays NaN
 }
 
 }  // namespace wdk

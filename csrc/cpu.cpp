@@ -24,8 +24,8 @@ constexpr int64_t kTile = 1024;
 
 template <class T>
 Coefficients<T> rounded(const Coefficients<double>& c) {
-  return {T(c.sign), T(c.one_minus_beta1), T(c.one_minus_beta2),
-          T(c.step_size), T(c.eps), T(c.decay)};
+  return {T(c.sign), T(c.one_minus_beta1), T(c.one_minus_beta2), T(c.step_size), T(c.eps),
+          T(c.decay)};
 }
 
 template <class T>
@@ -54,8 +54,10 @@ struct Streams {
 
 // ---- elementwise -------------------------------------------------------------------------------
 
+// `before` takes the old weights, where someone needs them after the step (SPD).
 template <Decay decay, bool anchored, bool amsgrad, bool cautious, class T>
-void step(const Streams<T>& s, int64_t n, const Coefficients<T>& coefficients) {
+void step(const Streams<T>& s, int64_t n, const Coefficients<T>& coefficients,
+          T* __restrict before = nullptr) {
   const Coefficients<T> c = coefficients;  // a copy no store can alias
   T* __restrict w = s.w;
   const T* __restrict g = s.g;
@@ -65,6 +67,7 @@ void step(const Streams<T>& s, int64_t n, const Coefficients<T>& coefficients) {
   const T* __restrict a = s.a;
   for (int64_t i = 0; i < n; ++i) {
     Element<T> x{w[i], g[i], m[i], v[i], amsgrad ? vmax[i] : T(0), anchored ? a[i] : T(0)};
+    if (decay == Decay::projection) before[i] = x.w;
     update<decay, anchored, amsgrad, cautious>(x, c);
     w[i] = x.w;
     m[i] = x.m;
@@ -136,8 +139,7 @@ ProjectionSums step_and_sum(Streams<T> s, int64_t n, const Coefficients<T>& c) {
   Sums<3> sums;
   for (int64_t size; n > 0; n -= size, s.advance(size)) {
     size = n < kTile ? n : kTile;
-    for (int64_t i = 0; i < size; ++i) before[i] = s.w[i];
-    step<Decay::projection, anchored, amsgrad, false>(s, size, c);
+    step<Decay::projection, anchored, amsgrad, false>(s, size, c, before);
 
     const T* __restrict w = s.w;
     const T* __restrict g = s.g;

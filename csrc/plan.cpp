@@ -59,9 +59,9 @@ std::string instruction_set() { return chosen().name; }
 
 const std::array<PyObject*, Plan::kSlots>& Plan::slot_names() {
   static const std::array<PyObject*, kSlots> names = {
-      PyUnicode_InternFromString("step"),           PyUnicode_InternFromString("exp_avg"),
-      PyUnicode_InternFromString("exp_avg_sq"),     PyUnicode_InternFromString("max_exp_avg_sq"),
-      PyUnicode_InternFromString("anchor"),         PyUnicode_InternFromString("exp_avg_sq_sum"),
+      PyUnicode_InternFromString("step"),       PyUnicode_InternFromString("exp_avg"),
+      PyUnicode_InternFromString("exp_avg_sq"), PyUnicode_InternFromString("max_exp_avg_sq"),
+      PyUnicode_InternFromString("anchor"),     PyUnicode_InternFromString("exp_avg_sq_sum"),
   };
   return names;
 }
@@ -232,8 +232,8 @@ void Plan::build_tables() {
     }
     batch_elements += n;
     tensors_.push_back({p.weight.data(), nullptr, p.stored[kExpAvg].data, p.stored[kExpAvgSq].data,
-                        p.stored[kMaxExpAvgSq].data, p.stored[kAnchor].data, n, p.weight.dtype(),
-                        0, first_chunk, static_cast<int32_t>(chunks_.size())});
+                        p.stored[kMaxExpAvgSq].data, p.stored[kAnchor].data, n, p.weight.dtype(), 0,
+                        first_chunk, static_cast<int32_t>(chunks_.size())});
   }
   if (projected) {
     close_batch();

@@ -27,9 +27,9 @@ const DLPackExchangeAPI* exchange_api() {
 bool read_attributes(py::handle tensor, DLTensor& out) {
   // Kept for the life of the process: the interpreter may be gone when statics are destroyed.
   static const py::handle strided = attribute("strided").release();
-  static const py::handle types[] = {
-      attribute("float32").release(), attribute("float64").release(),
-      attribute("complex64").release(), attribute("complex128").release()};
+  static const py::handle types[] = {attribute("float32").release(), attribute("float64").release(),
+                                     attribute("complex64").release(),
+                                     attribute("complex128").release()};
   static const DLDataType codes[] = {
       {dl::kFloat, 32, 1}, {dl::kFloat, 64, 1}, {dl::kComplex, 64, 1}, {dl::kComplex, 128, 1}};
   thread_local std::vector<int64_t> shape, strides;
@@ -54,8 +54,8 @@ bool read_attributes(py::handle tensor, DLTensor& out) {
 }
 
 bool calls_true(PyObject* tensor, PyObject* method) {
-  const py::object result = py::reinterpret_steal<py::object>(
-      PyObject_CallMethodObjArgs(tensor, method, nullptr));
+  const py::object result =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodObjArgs(tensor, method, nullptr));
   if (!result) throw py::error_already_set();
   return result.ptr() == Py_True;
 }
@@ -106,9 +106,7 @@ Layout::Layout(const DLTensor& t)
   dtype_ = *known;
 }
 
-bool Layout::operator==(const DLTensor& t) const {
-  return data_ == address(t) && same_order(t);
-}
+bool Layout::operator==(const DLTensor& t) const { return data_ == address(t) && same_order(t); }
 
 bool Layout::same_order(const DLTensor& t) const {
   if (t.dtype.code != type_.code || t.dtype.bits != type_.bits ||

@@ -97,10 +97,10 @@ template <Decay decay, bool anchored, bool amsgrad, bool cautious, class T>
 WDK_INLINE void update(Element<T>& x, const Coefficients<T>& c) {
   const T d = anchored ? x.w - x.a : x.w;
 
-  T g = c.sign * x.g;                            // ascent or descent
-  if (decay == Decay::l2) g = g + c.decay * d;   // penalty into the gradient
+  T g = c.sign * x.g;                           // ascent or descent
+  if (decay == Decay::l2) g = g + c.decay * d;  // penalty into the gradient
 
-  x.m = lerp(x.m, g, c.one_minus_beta1);         // first moment
+  x.m = lerp(x.m, g, c.one_minus_beta1);  // first moment
   x.v = second_moment(x.v, g * g, c.one_minus_beta2);
   if (amsgrad) x.vmax = maximum(x.vmax, x.v);
 
