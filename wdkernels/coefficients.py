@@ -31,6 +31,15 @@ SENSELESS: dict[tuple[str, str], str] = {
 }
 
 
+class Schedule(NamedTuple):
+    """A schedule that is no product, in the form of csrc/coefficients.h."""
+
+    kind: str
+    start: float  # window: first decayed step;        linear, cosine: value at t = 1
+    end: float  # window: first step past the decay;   linear, cosine: value after `steps` steps
+    steps: float
+
+
 @dataclass(frozen=True)
 class Hyper:
     """One param group's numbers, valid by construction (`from_group`); fields as in the group."""
@@ -48,11 +57,33 @@ class Hyper:
     maximize: bool
     cautious: bool
     anchored: bool
+    # For CUDA graphs: steps are counted on the device, and where lr and weight_decay are tensors
+    # of it, they stand here and are read there at every step. None: the host does all that.
+    live: Mapping[str, torch.Tensor] | None = None
 
     @property
-    def streams(self) -> tuple[str, bool, bool]:
+    def streams(self) -> tuple[str, bool, bool, bool]:
         """What decides over the tensors that a step reads and writes; all else is numbers."""
-        return self.method, self.amsgrad, self.anchored
+        return self.method, self.amsgrad, self.anchored, self.live is not None
+
+    @property
+    def factors(self) -> tuple[Schedule, Schedule]:
+        """The decay schedule, as a product of two."""
+        constant = schedules.constant()
+        schedule = self.decay_schedule or constant
+        product = schedule["factors"] if schedule["kind"] == "product" else [schedule, constant]
+        first, second = map(_plain, product)
+        return first, second
+
+
+def _plain(schedule: schedules.Schedule) -> Schedule:
+    end = schedule.get("stop", schedule.get("end", 1.0))
+    return Schedule(
+        kind=schedule["kind"],
+        start=schedule.get("start", 1.0),
+        end=math.inf if end is None else end,
+        steps=schedule.get("steps", 1),
+    )
 
 
 def from_group(method: str, group: Mapping[str, Any]) -> Hyper:
@@ -72,7 +103,8 @@ def from_group(method: str, group: Mapping[str, Any]) -> Hyper:
         method = "unmixed"
 
     lr = _number(group["lr"], "lr")
-    lr_max = _number(group.get("lr_max", lr), "lr_max")
+    given = group.get("lr_max")
+    lr_max = lr if given is None else _number(given, "lr_max")
     if decay_scale != "lr" and lr_max == 0:
         raise ValueError(
             f"decay_scale {decay_scale!r} divides by lr_max, the largest learning rate of the "

@@ -12,7 +12,7 @@ from wdkernels.coefficients import Hyper
 from wdkernels.plan import Parameter, Weights
 
 try:
-    from wdkernels import _C
+    import wdkernels._C as _C
 except ImportError as error:  # installed with WDK_NATIVE=0
     _missing = f"the compiled module is not part of this installation ({error})"
 else:
@@ -74,9 +74,9 @@ class Plan:
 
 def _hyper(h: Hyper) -> Any:
     decay = {"swd": "decoupled", "spd": "projection"}.get(h.method, h.method)
-    schedule = h.decay_schedule or {"kind": "constant"}
     first, second = (
-        schedule["factors"] if schedule["kind"] == "product" else (schedule, {"kind": "constant"})
+        _C.Schedule(kind=getattr(_C.ScheduleKind, kind), start=start, end=end, steps=steps)
+        for kind, start, end, steps in h.factors
     )
     return _C.Hyper(
         decay=getattr(_C.Decay, decay),
@@ -92,16 +92,6 @@ def _hyper(h: Hyper) -> Any:
         eps=h.eps,
         weight_decay=h.weight_decay,
         decay_scale=getattr(_C.DecayScale, h.decay_scale),
-        first=_schedule(first),
-        second=_schedule(second),
-    )
-
-
-def _schedule(s: dict[str, Any]) -> Any:
-    end = s.get("stop", s.get("end", 1.0))
-    return _C.Schedule(
-        kind=getattr(_C.ScheduleKind, s["kind"]),
-        start=s.get("start", 1.0),
-        end=float("inf") if end is None else end,
-        steps=s.get("steps", 1),
+        first=first,
+        second=second,
     )

@@ -184,9 +184,9 @@ class _Adam(torch.optim.Optimizer):
                 f"group {index}: anchor must be 'zero', 'initial' or a list of tensors, one for "
                 f"each parameter of the group, not {group['anchor']!r}"
             )
-        if "lr_max" in group and group["lr_max"] is None:
-            group["lr_max"] = float(group["lr"])
         hyper = self._hyper(group, index)
+        if "lr_max" in group:
+            group["lr_max"] = hyper.lr_max
         if anchors is not None:
             for p, anchor in zip(params, anchors, strict=True):
                 self.state[p]["anchor"] = anchor.detach().resolve_conj().resolve_neg()
@@ -246,11 +246,8 @@ class _Adam(torch.optim.Optimizer):
 
     def _step_anew(self) -> None:
         """The step of a new set of tensors, or of a backend that keeps no plan."""
-        groups = self._checked_groups()
         backend = self._choose([p for group in self.param_groups for p in group["params"]])
-        for group in groups:
-            for p in group.params:
-                self._complete_state(p, group.hyper)
+        groups = self._checked_groups()
         if backend is None:
             reference.step(groups)
             return
@@ -346,14 +343,14 @@ class _Adam(torch.optim.Optimizer):
         finally:
             hook.remove()
 
-        for group, before, saved in zip(
-            self.param_groups, before_groups, loaded["param_groups"], strict=True
+        for index, (group, before, saved) in enumerate(
+            zip(self.param_groups, before_groups, loaded["param_groups"], strict=True)
         ):
             for key in _TORCH_CHOICES:
                 group.pop(key, None)  # it would bind a torch optimizer that loads this one's state
             for key, value in before.items():
                 group.setdefault(key, value)
-            hyper = self._hyper(group, 0)
+            hyper = self._hyper(group, index)
             for p, key in zip(group["params"], saved["params"], strict=True):
                 self._load_state(p, hyper, loaded["state"].get(key, {}), before_state.get(p, {}))
 
