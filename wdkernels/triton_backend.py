@@ -20,7 +20,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wdkernels import layouts
-from wdkernels.coefficients import Hyper, bias_correction2, coefficients
+from wdkernels.coefficients import (
+    DECAY_SCALES,
+    Coefficients,
+    Hyper,
+    bias_correction2,
+    coefficients,
+)
 from wdkernels.plan import Parameter, Weights
 
 _REALS = {
@@ -31,6 +37,8 @@ _REALS = {
 }
 _is_wrapper: Callable[[Tensor], bool] = is_traceable_wrapper_subclass  # DTensor, for instance
 _COUNTERS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}  # a step, in place
+
+_STREAMS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor")  # behind the weight, as M to A
 
 # IEEE arithmetic without contraction: the bits of the native backend.
 _LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
@@ -126,6 +134,11 @@ class Plan:
         if not self._unchanged(state, param_groups):
             return False
         active = [i for i, p in enumerate(self._parameters) if p.tensor.grad is not None]
+        if _capturing() and (active != self._active or any(h.live is None for h in self._hypers)):
+            raise RuntimeError(
+                "a CUDA graph is being captured, which a step can only join with capturable=True, "
+                "and after steps outside of it with the same parameters"
+            )
         if active != self._active:
             if not self._members.keys() >= set(active):
                 return False
@@ -137,6 +150,8 @@ class Plan:
         for each in self._lists:
             each.prepare([addresses[k] for k in each.places])
         _phases(self._lists)
+        for each in self._lists:
+            each.advance()
         # Autograd must know, as of any in-place operation, that saved weights are out of date.
         torch.autograd.graph.increment_version([self._parameters[i].tensor for i in active])
         self._weights.store()
@@ -154,11 +169,12 @@ class Plan:
         members = [self._members[i] for i in active]
         kinds: dict[Any, list[int]] = {}
         for k, member in enumerate(members):
-            x, method = member.weight, self._hypers[member.group].method
-            kinds.setdefault((x.device, _REALS[x.dtype], method), []).append(k)
+            x, hyper = member.weight, self._hypers[member.group]
+            kind = _TensorList if hyper.live is None else _CapturableList
+            kinds.setdefault((kind, x.device, _REALS[x.dtype], hyper.method), []).append(k)
         self._lists = [
-            _TensorList(places, [members[k] for k in places], self._hypers, *kind)
-            for kind, places in kinds.items()
+            kind(places, [members[k] for k in places], self._hypers, *what)
+            for (kind, *what), places in kinds.items()
         ]
         weights = [member.weight for member in members]
         self._orders = _orders(weights)
@@ -222,7 +238,8 @@ def _member(p: Parameter, weight: Tensor, hyper: Hyper) -> _Member | None:
     streams = {key: p.state[key] for key in keys}
     for key, x in streams.items():
         if key == "step":
-            fits = x.device.type == "cpu" and x.dtype in _COUNTERS and x.numel() == 1
+            device = torch.device("cpu") if hyper.live is None else weight.device
+            fits = x.device == device and x.dtype in _COUNTERS and x.numel() == 1
         elif key == "exp_avg_sq_sum":
             fits = x.device == weight.device and x.dtype == torch.float64 and x.numel() == 1
         else:
@@ -271,53 +288,47 @@ class _TensorList:
         kernels = _kernels()
         self.places = places
         self.method = method
+        self._members = members
+        self._hypers = hypers
         self._device = device
         self._dtype = dtype
-        self._hypers = hypers
-        self._groups = [member.group for member in members]
         steps = [member.streams["step"] for member in members]
-        self._counters = [_COUNTERS[x.dtype].from_address(x.data_ptr()) for x in steps]
+        # In place: reading and writing a tensor costs microseconds.
+        self._steps = [_COUNTERS[x.dtype].from_address(x.data_ptr()) for x in steps]
         sizes = [x.numel() * (2 if x.is_complex() else 1) for x in (m.weight for m in members)]
         self.elements = sum(sizes)
-
-        hyper_of = [hypers[group] for group in self._groups]
+        own = [hypers[member.group] for member in members]
         self._constants = {
             "decay": {"swd": "decoupled", "spd": "projection"}.get(method, method),
-            "ANCHORED": any(h.anchored for h in hyper_of),
-            "AMSGRAD": any(h.amsgrad for h in hyper_of),
-            "CAUTIOUSLY": any(h.cautious for h in hyper_of),
+            "ANCHORED": any(h.anchored for h in own),
+            "AMSGRAD": any(h.amsgrad for h in own),
+            "CAUTIOUSLY": any(h.cautious for h in own),
         }
-
-        def address(member: _Member, key: str) -> int:
-            return member.streams[key].data_ptr() if key in member.streams else 0
-
         words = [
             [
                 member.weight.data_ptr(),
-                address(member, "exp_avg"),
-                address(member, "exp_avg_sq"),
-                address(member, "max_exp_avg_sq"),
-                address(member, "anchor"),
+                *(_address(member, key) for key in _STREAMS),
                 size,
                 hyper.cautious,
                 0,
             ]
-            for member, size, hyper in zip(members, sizes, hyper_of, strict=True)
+            for member, size, hyper in zip(members, sizes, own, strict=True)
         ]
         (self._tensors,) = _sent(torch.tensor(words, dtype=torch.int64), device=device)
         self._chunks, self._firsts = _pieces(sizes, kernels.CHUNK.value, device)
+        self._tables = [self._tensors, self._chunks, self._firsts]  # that outlast a step
         if method == "swd":
-            kept = [address(member, "exp_avg_sq_sum") for member in members]
+            kept = [_address(member, "exp_avg_sq_sum") for member in members]
             (self._kept,) = _sent(torch.tensor(kept, dtype=torch.int64), device=device)
             self._spans, self._firsts = _pieces(sizes, kernels.SPAN.value, device)
+            self._tables += [self._kept, self._spans, self._firsts]
 
     def prepare(self, gradients: Sequence[int]) -> None:
-        """Count the steps, and send what each of them changes: gradients' addresses, numbers."""
+        """Send what changes from one step to the next: addresses and numbers."""
         rows: dict[tuple[int, float], int] = {}
         dynamic = []
-        for gradient, counter, group in zip(gradients, self._counters, self._groups, strict=True):
-            t = counter.value = counter.value + 1
-            dynamic += [gradient, rows.setdefault((group, t), len(rows))]
+        for gradient, step, member in zip(gradients, self._steps, self._members, strict=True):
+            dynamic += [gradient, rows.setdefault((member.group, step.value + 1), len(rows))]
         numbers = [coefficients(self._hypers[group], t) for group, t in rows]
         exact = [
             (c.decay, c.one_minus_beta2, bias_correction2(self._hypers[group], t))
@@ -329,6 +340,11 @@ class _TensorList:
             torch.tensor(numbers, dtype=self._dtype),
             device=self._device,
         )
+
+    def advance(self) -> None:
+        """Count the step, once nothing can fail any more."""
+        for step in self._steps:
+            step.value += 1
 
     def reduce(self) -> None:
         """SWD: every tensor's part of V."""
@@ -358,6 +374,7 @@ class _TensorList:
         )
 
     def update(self) -> None:
+        self._claim()
         projected = self.method == "spd"
         self._partials = self._empty(3 * len(self._chunks)) if projected else None
         self._launch(
@@ -383,6 +400,15 @@ class _TensorList:
             ANCHORED=self._constants["ANCHORED"],
         )
 
+    def _claim(self) -> None:
+        """Memory belongs to the stream it was allocated on; another one has to say that it uses it,
+        or it might be given out again before that stream is done."""
+        if self._device.type == "cpu" or _capturing():
+            return
+        stream = torch.get_device_module(self._device).current_stream(self._device)
+        for table in [*self._tables, self._dynamic]:
+            table.record_stream(stream)
+
     def _empty(self, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Scratch of this step: its allocator keeps it for the stream that the step runs on."""
         return torch.empty(size, dtype=dtype, device=self._device)
@@ -393,6 +419,93 @@ class _TensorList:
         module = torch.get_device_module(self._device)
         with nullcontext() if self._device.type == "cpu" else module.device(self._device):
             kernel[(programs,)](*arguments, **constants, **_LAUNCH)
+
+
+class _CapturableList(_TensorList):
+    """A list whose steps are counted, and its numbers computed, on the device.
+
+    A CUDA graph repeats addresses. What a captured step allocates belongs to the graph, and what it
+    finds must stay where it is: nobody says when a graph is replayed for the last time.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        steps = [member.streams["step"] for member in self._members]
+        counters = [
+            [step.data_ptr(), step.dtype == torch.float64, member.group]
+            for step, member in zip(steps, self._members, strict=True)
+        ]
+        (self._counters,) = _sent(torch.tensor(counters), device=self._device)
+        self._tables.append(self._counters)
+        self._changing: list[Tensor] = []
+        self._known: Any = None  # what stands there
+        self._spare: Tensor | None = None  # pinned memory for a capture, in which none can be had
+
+    def prepare(self, gradients: Sequence[int]) -> None:
+        """Send addresses and hyper-parameters if they changed; the device does the rest."""
+        dynamic = [[gradient, row] for row, gradient in enumerate(gradients)]
+        hypers = [*map(_hyper_words, self._hypers)]
+        tables = torch.tensor(dynamic, dtype=torch.int64), torch.tensor(hypers, dtype=torch.float64)
+        if _capturing():
+            # Copied by the graph at each replay: other steps may use other gradients meanwhile.
+            staging, self._spare = self._spare, None
+            self._dynamic, numbers = _sent(*tables, device=self._device, staging=staging)
+            _captured.append([staging, *self._tables])
+        else:
+            if self._known != (dynamic, hypers):
+                self._changing = _sent(*tables, device=self._device)
+                self._known = dynamic, hypers
+            if self._spare is None:
+                self._spare = _staging(tables, self._device)
+            self._dynamic, numbers = self._changing
+        for words, hyper in zip(numbers, self._hypers, strict=True):
+            for key, x in (hyper.live or {}).items():
+                words[_LIVE[key]].copy_(x, non_blocking=True)
+
+        count = len(gradients)
+        self._numbers = self._empty(count * len(Coefficients._fields), self._dtype).view(count, -1)
+        self._exact = self._empty(count * 3)
+        k = _kernels()
+        self._launch(
+            k.coefficients_kernel,
+            -(-count // k.TENSORS.value),
+            *(self._counters, numbers, self._numbers, self._exact, count),
+            decay=self._constants["decay"],
+        )
+
+    def advance(self) -> None:
+        """The device has counted."""
+
+
+_captured: list[list[Tensor | None]] = []  # what graphs read, for as long as the process lives
+_LIVE = {"lr": 0, "weight_decay": 5}  # their places among the words
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _hyper_words(h: Hyper) -> list[float]:
+    """A row of the coefficients kernel's hyper-parameters; live ones are 0 until they are read."""
+    live = h.live or {}
+    kinds = ("constant", "window", "linear", "cosine")
+    first, second = ((float(kinds.index(s.kind)), s.start, s.end, s.steps) for s in h.factors)
+    return [
+        0.0 if "lr" in live else h.lr,
+        h.lr_max,
+        h.beta1,
+        h.beta2,
+        h.eps,
+        0.0 if "weight_decay" in live else h.weight_decay,
+        -1.0 if h.maximize else 1.0,
+        float(DECAY_SCALES.index(h.decay_scale)),
+        *first,
+        *second,
+    ]
+
+
+def _address(member: _Member, key: str) -> int:
+    return member.streams[key].data_ptr() if key in member.streams else 0
 
 
 def _pieces(sizes: Sequence[int], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -407,16 +520,26 @@ def _pieces(sizes: Sequence[int], size: int, device: torch.device) -> tuple[Tens
     return sent_pieces, sent_firsts
 
 
-def _sent(*tables: Tensor, device: torch.device) -> list[Tensor]:
-    """The tables on the device, by one asynchronous copy. The memory it reads is pinned, and not
+def _staging(tables: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Room for a copy of the tables, each aligned to 16 bytes."""
+    size = sum(_rounded_up(table.nbytes) for table in tables)
+    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu")
+
+
+def _rounded_up(size: int) -> int:
+    return size + -size % 16
+
+
+def _sent(*tables: Tensor, device: torch.device, staging: Tensor | None = None) -> list[Tensor]:
+    """The tables on the device, by one asynchronous copy. It reads memory that is pinned, and not
     given out again before the copy is done."""
-    flat = [each.contiguous().view(-1).view(torch.uint8) for each in tables]
-    sizes = [len(each) + -len(each) % 16 for each in flat]  # every table aligned
-    data = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type != "cpu")
-    for each, place in zip(flat, data.split(sizes), strict=True):
-        place[: len(each)] = each
-    parts = data.to(device, non_blocking=True).split(sizes)
+    staging = _staging(tables, device) if staging is None else staging
+    sizes = [_rounded_up(table.nbytes) for table in tables]
+    for place, table in zip(staging.split(sizes), tables, strict=True):
+        place[: table.nbytes] = table.contiguous().view(-1).view(torch.uint8)
     return [
-        part[: len(each)].view(table.dtype).view(table.shape)
-        for part, each, table in zip(parts, flat, tables, strict=True)
+        place[: table.nbytes].view(table.dtype).view(table.shape)
+        for place, table in zip(
+            staging.to(device, non_blocking=True).split(sizes), tables, strict=True
+        )
     ]

@@ -10,6 +10,8 @@ Tensors reach a kernel by their addresses, so one launch takes all of them:
     numbers   a row of Coefficients for each group and step count, in the type of the elements
     exact     float64, a row of EXACT: what the kernels that finish a sum need unrounded
 
+Both come from the host, or in a CUDA graph, which the host does not see, from coefficients_kernel.
+
 A chunk that is whole and whose streams are all aligned is read and written 16 bytes at a time, any
 other one element by element under a mask. Nothing is tuned at run time: a step cannot be repeated.
 
@@ -21,6 +23,7 @@ Same bits as on the CPU: launch with `enable_fp_fusion=False`, so that nothing i
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import triton  # type: ignore[import-untyped]
@@ -32,6 +35,10 @@ from wdkernels.coefficients import Coefficients
 # flight (float32), and even a small model occupies the device.
 CHUNK = tl.constexpr(1024)
 SPAN = tl.constexpr(16 * 1024)
+# Any other chunk is taken in blocks of this size: in one piece it would need as many registers
+# again, and leave room for half as many programs.
+TAIL = tl.constexpr(256)
+TENSORS = tl.constexpr(128)  # whose numbers a program computes
 LANES = tl.constexpr(1024)  # accumulators that add up partial sums, always in the same order
 
 TENSOR = tl.constexpr(8)  # words
@@ -42,6 +49,13 @@ DECAY = tl.constexpr(Coefficients._fields.index("decay"))
 
 EXACT = tl.constexpr(3)
 LAMBDA, ONE_MINUS_BETA2, BIAS_CORRECTION2 = map(tl.constexpr, range(3))
+
+# A group's hyper-parameters, with SCALE 0 (lr), 1 (relative_lr) or 2 (corrected), and two schedules
+LR, LR_MAX, BETA1, BETA2, EPS, WEIGHT_DECAY, SIGN, SCALE, SCHEDULES = map(tl.constexpr, range(9))
+KIND, START, END, STEPS, SCHEDULE = map(tl.constexpr, range(5))
+CONSTANT, WINDOW, LINEAR, COSINE = map(tl.constexpr, range(4))
+HYPER = tl.constexpr(16)
+PI = tl.constexpr(math.pi)
 
 
 # ---- the rule ----------------------------------------------------------------------------------
@@ -214,45 +228,48 @@ def coefficients_of(numbers, row):
 
 
 @triton.jit
-def stream(address, begin, T: tl.constexpr, WHOLE: tl.constexpr):
-    """Pointers to a chunk. `begin` is a multiple of CHUNK: a whole one is aligned as its tensor."""
+def stream(address, begin, T: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr):
+    """Pointers to SIZE elements; to a whole chunk, which is aligned, 16 bytes at a time."""
     first = address.to(tl.pointer_type(T)) + begin
     if WHOLE:
         first = tl.multiple_of(first, 16)
-    return first + tl.arange(0, CHUNK)
+    return first + tl.arange(0, SIZE)
 
 
 @triton.jit
-def inside(size, WHOLE: tl.constexpr):
-    return tl.full([CHUNK], 1, tl.int1) if WHOLE else tl.arange(0, CHUNK) < size
+def inside(size, SIZE: tl.constexpr, WHOLE: tl.constexpr):
+    return tl.full([SIZE], 1, tl.int1) if WHOLE else tl.arange(0, SIZE) < size
 
 
 # ---- the step ----------------------------------------------------------------------------------
 
 
 @triton.jit
-def update_chunk(
+def update_block(
     p,
+    offset,
     c,
-    partials,
     decay: tl.constexpr,
     ANCHORED: tl.constexpr,
     AMSGRAD: tl.constexpr,
     CAUTIOUSLY: tl.constexpr,
+    SIZE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
+    """The step of SIZE elements, `offset` past the chunk's first; their part of the sums."""
     T: tl.constexpr = c.sign.dtype
-    here = inside(p.size, WHOLE)
+    here = inside(p.size - offset, SIZE, WHOLE)
     amsgrad = p.vmax != 0 if AMSGRAD else False
     cautious = p.cautious if CAUTIOUSLY else False
-    zero = tl.zeros([CHUNK], T)
+    zero = tl.zeros([SIZE], T)
 
-    w = stream(p.w, p.begin, T, WHOLE)
-    g = stream(p.g, p.begin, T, WHOLE)
-    m = stream(p.m, p.begin, T, WHOLE)
-    v = stream(p.v, p.begin, T, WHOLE)
-    vmax = stream(p.vmax, p.begin, T, WHOLE)
-    a = stream(p.a, p.begin, T, WHOLE)
+    begin = p.begin + offset
+    w = stream(p.w, begin, T, SIZE, WHOLE)
+    g = stream(p.g, begin, T, SIZE, WHOLE)
+    m = stream(p.m, begin, T, SIZE, WHOLE)
+    v = stream(p.v, begin, T, SIZE, WHOLE)
+    vmax = stream(p.vmax, begin, T, SIZE, WHOLE)
+    a = stream(p.a, begin, T, SIZE, WHOLE)
     x = Element(
         w=tl.load(w, here, 0.0),
         g=tl.load(g, here, 0.0),
@@ -270,10 +287,14 @@ def update_chunk(
 
     if decay == "projection":
         terms = projection_terms(x.w, c.sign * x.g, x.a, y.w)
-        chunk = partials + 3 * tl.program_id(0).to(tl.int64)
-        tl.store(chunk, tl.sum(tl.where(here, terms.alignment, 0.0)))
-        tl.store(chunk + 1, tl.sum(tl.where(here, terms.distance2, 0.0)))
-        tl.store(chunk + 2, tl.sum(tl.where(here, terms.growth2, 0.0)))
+        sums = ProjectionSums(
+            alignment=tl.sum(tl.where(here, terms.alignment, 0.0)),
+            distance2=tl.sum(tl.where(here, terms.distance2, 0.0)),
+            growth2=tl.sum(tl.where(here, terms.growth2, 0.0)),
+        )
+    else:
+        sums = ProjectionSums(alignment=0.0, distance2=0.0, growth2=0.0)
+    return sums
 
 
 @triton.jit
@@ -294,10 +315,25 @@ def update_kernel(
     """
     p = piece_of(tensors, dynamic, chunks, CHUNK)
     c = coefficients_of(numbers, p.row)
+    alignment = tl.zeros([1], tl.float64)
+    distance2 = tl.zeros([1], tl.float64)
+    growth2 = tl.zeros([1], tl.float64)
     if (p.size >= CHUNK) & p.aligned:
-        update_chunk(p, c, partials, decay, ANCHORED, AMSGRAD, CAUTIOUSLY, True)
+        sums = update_block(p, 0, c, decay, ANCHORED, AMSGRAD, CAUTIOUSLY, CHUNK, True)
+        alignment += sums.alignment
+        distance2 += sums.distance2
+        growth2 += sums.growth2
     else:
-        update_chunk(p, c, partials, decay, ANCHORED, AMSGRAD, CAUTIOUSLY, False)
+        for k in range(0, tl.minimum(p.size, CHUNK).to(tl.int32), TAIL):
+            part = update_block(p, k, c, decay, ANCHORED, AMSGRAD, CAUTIOUSLY, TAIL, False)
+            alignment += part.alignment
+            distance2 += part.distance2
+            growth2 += part.growth2
+    if decay == "projection":
+        chunk = partials + 3 * tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+        tl.store(chunk, alignment)
+        tl.store(chunk + 1, distance2)
+        tl.store(chunk + 2, growth2)
 
 
 # ---- SWD: V before the step --------------------------------------------------------------------
@@ -309,14 +345,14 @@ def square_terms(
 ):
     """g^2, or with amsgrad the vmax this step will have: the maximum has no recurrence, so it is
     computed here and once more in the step."""
-    here = inside(p.size - offset, WHOLE)
+    here = inside(p.size - offset, CHUNK, WHOLE)
     begin = p.begin + offset
-    g = tl.load(stream(p.g, begin, T, WHOLE), here, 0.0)
+    g = tl.load(stream(p.g, begin, T, CHUNK, WHOLE), here, 0.0)
     terms = g.to(tl.float64) * g.to(tl.float64)
     if AMSGRAD:
         amsgrad = p.vmax != 0
-        v = tl.load(stream(p.v, begin, T, WHOLE), here & amsgrad, 0.0)
-        vmax = tl.load(stream(p.vmax, begin, T, WHOLE), here & amsgrad, 0.0)
+        v = tl.load(stream(p.v, begin, T, CHUNK, WHOLE), here & amsgrad, 0.0)
+        vmax = tl.load(stream(p.vmax, begin, T, CHUNK, WHOLE), here & amsgrad, 0.0)
         vmax = maximum(vmax, second_moment(v, g * g, one_minus_beta2))
         terms = tl.where(amsgrad, tl.where(here, vmax.to(tl.float64), 0.0), terms)
     return terms
@@ -333,7 +369,7 @@ def reduce_kernel(tensors, dynamic, spans, numbers, partials, AMSGRAD: tl.conste
         for offset in range(0, SPAN, CHUNK):
             sums += square_terms(p, offset, one_minus_beta2, T, AMSGRAD, True)
     else:
-        for offset in range(0, tl.minimum(p.size, SPAN), CHUNK):
+        for offset in range(0, tl.minimum(p.size, SPAN).to(tl.int32), CHUNK):
             sums += square_terms(p, offset, one_minus_beta2, T, AMSGRAD, False)
     tl.store(partials + tl.program_id(0).to(tl.int64), tl.sum(sums))
 
@@ -393,11 +429,11 @@ def select_kernel(dynamic, firsts, exact, partials, shrink):
 @triton.jit
 def pull_chunk(p, shrink, ANCHORED: tl.constexpr, WHOLE: tl.constexpr):
     T: tl.constexpr = shrink.dtype
-    here = inside(p.size, WHOLE)
-    pointers = stream(p.w, p.begin, T, WHOLE)
+    here = inside(p.size, CHUNK, WHOLE)
+    pointers = stream(p.w, p.begin, T, CHUNK, WHOLE)
     w = tl.load(pointers, here, 0.0)
     if ANCHORED:
-        a = tl.load(stream(p.a, p.begin, T, WHOLE), here & (p.a != 0), 0.0)
+        a = tl.load(stream(p.a, p.begin, T, CHUNK, WHOLE), here & (p.a != 0), 0.0)
     else:
         a = tl.zeros([CHUNK], T)
     tl.store(pointers, project(w, a, shrink), here)
@@ -413,3 +449,68 @@ def pull_kernel(tensors, dynamic, chunks, shrink, ANCHORED: tl.constexpr):
             pull_chunk(p, tensor_shrink, ANCHORED, True)
         else:
             pull_chunk(p, tensor_shrink, ANCHORED, False)
+
+
+# ---- numbers on the device ---------------------------------------------------------------------
+
+
+@triton.jit
+def factor(schedule, t, here):
+    """A schedule of csrc/coefficients.h: SCHEDULE numbers from `schedule` on."""
+    kind = tl.load(schedule + KIND, here, 0.0)
+    start = tl.load(schedule + START, here, 0.0)
+    end = tl.load(schedule + END, here, 0.0)
+    progress = (t - 1) / tl.load(schedule + STEPS, here, 1.0)
+    progress = tl.where(progress < 1, progress, 1.0)
+    wave = (1 + tl.cos(progress * PI)) / 2
+    share = tl.where(kind == COSINE, wave, 1 - progress)  # of the start value
+    ramp = start * share + end * (1 - share)
+    window = tl.where((start <= t) & (t < end), 1.0, 0.0)
+    return tl.where(kind == CONSTANT, 1.0, tl.where(kind == WINDOW, window, ramp))
+
+
+@triton.jit(do_not_specialize=["count"])
+def coefficients_kernel(counters, hypers, numbers, exact, count, decay: tl.constexpr):
+    """Counts the steps of `count` tensors, and computes the row of numbers of each.
+
+    counters: int64 [count, 3], the address of a step count, 1 if it is a double, and the group;
+    hypers: float64 [groups, HYPER]. The formulas are those of csrc/coefficients.h.
+    """
+    i = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
+    here = i < count
+    address = tl.load(counters + 3 * i, here, 0)
+    double = tl.load(counters + 3 * i + 1, here, 0) != 0
+    single_step = address.to(tl.pointer_type(tl.float32))
+    double_step = address.to(tl.pointer_type(tl.float64))
+    t = tl.load(single_step, here & ~double, 0.0).to(tl.float64)
+    t = tl.where(double, tl.load(double_step, here & double, 0.0), t) + 1
+    tl.store(single_step, t, here & ~double)
+    tl.store(double_step, t, here & double)
+
+    h = hypers + tl.load(counters + 3 * i + 2, here, 0) * HYPER
+    lr = tl.load(h + LR, here, 0.0)
+    beta1 = tl.load(h + BETA1, here, 0.0)
+    beta2 = tl.load(h + BETA2, here, 0.0)
+    bias_correction1 = 1 - tl.exp(t * tl.log(beta1))
+    bias_correction2 = 1 - tl.exp(t * tl.log(beta2))
+    root = tl.sqrt(bias_correction2)
+    lambda_t = tl.load(h + WEIGHT_DECAY, here, 0.0)
+    lambda_t = lambda_t * factor(h + SCHEDULES, t, here)
+    lambda_t = lambda_t * factor(h + SCHEDULES + SCHEDULE, t, here)
+    if decay == "unmixed":
+        lambda_t = lambda_t * bias_correction1
+    if decay == "decoupled":
+        scale = tl.load(h + SCALE, here, 0.0)
+        relative = tl.where(scale == 0, lr, lr / tl.load(h + LR_MAX, here, 1.0))
+        lambda_t = lambda_t * tl.where(scale == 2, lr * relative, relative)
+
+    row = numbers + i * NUMBERS
+    tl.store(row, tl.load(h + SIGN, here, 0.0), here)
+    tl.store(row + 1, 1 - beta1, here)
+    tl.store(row + 2, 1 - beta2, here)
+    tl.store(row + 3, lr * root / bias_correction1, here)
+    tl.store(row + 4, tl.load(h + EPS, here, 0.0) * root, here)
+    tl.store(row + 5, lambda_t, here)
+    tl.store(exact + i * EXACT + LAMBDA, lambda_t, here)
+    tl.store(exact + i * EXACT + ONE_MINUS_BETA2, 1 - beta2, here)
+    tl.store(exact + i * EXACT + BIAS_CORRECTION2, bias_correction2, here)
