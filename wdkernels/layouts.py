@@ -40,10 +40,10 @@ def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     for i, x in enumerate(tensors):
         if not _may_overlap_itself(x):
             continue
-        if len(torch.unique(_addresses(x))) < x.numel():
+        if len(torch.unique(_addresses(x, x.element_size()))) < x.numel():
             return i, i
 
-    spans = sorted((*_span(x), i) for i, x in enumerate(tensors) if x.numel() > 0)
+    spans = sorted((*_span(x), i) for i, x in enumerate(tensors) if x.numel() > 0 and not x.is_meta)
     reach: list[tuple[int, int]] = []  # (end, position) of the tensors that may still be met
     for begin, end, i in spans:
         reach = [other for other in reach if other[0] > begin]
@@ -51,8 +51,8 @@ def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
             if is_dense(tensors[i]) and is_dense(tensors[k]):
                 return k, i
             # Slices of one tensor may lie between each other without sharing an element.
-            x, y = _addresses(tensors[i]), _addresses(tensors[k])
-            if torch.isin(x, y).any():
+            unit = min(tensors[i].element_size(), tensors[k].element_size())
+            if torch.isin(_addresses(tensors[i], unit), _addresses(tensors[k], unit)).any():
                 return k, i
         reach.append((end, i))
     return None
@@ -77,9 +77,10 @@ def _span(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
-def _addresses(x: Tensor) -> Tensor:
-    """The byte address of every element."""
+def _addresses(x: Tensor, unit: int) -> Tensor:
+    """The byte addresses of every element, of each `unit` bytes of it."""
     offsets = torch.zeros((), dtype=torch.int64)
     for stride, size in _steps(x):
         offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
-    return (x.data_ptr() + offsets * x.element_size()).flatten()
+    begins = x.data_ptr() + offsets.flatten() * x.element_size()
+    return (begins.unsqueeze(-1) + torch.arange(0, x.element_size(), unit)).flatten()
