@@ -72,41 +72,42 @@ def check_gradient(p: Tensor, name: str) -> None:
             )
 
 
-def check_anchors(params: Sequence[Tensor], anchors: Sequence[Any], names: Sequence[str]) -> None:
-    if len(anchors) != len(params):
-        raise ValueError(
-            f"anchor holds {len(anchors)} tensors for {len(params)} parameters: "
-            "give one for each, in the same order"
-        )
-    owners = {_storage(p): k for k, p in enumerate(params) if p.numel() > 0}
-    for p, a, name in zip(params, anchors, names, strict=True):
-        if not isinstance(a, Tensor):
-            raise ValueError(f"the anchor of {name} must be a tensor, not {type(a).__name__}")
-        _check_alike(a, p, f"the anchor of {name}", ValueError)
-        owner = owners.get(_storage(a))
-        if owner is not None and layouts.overlapping([a, params[owner]]) is not None:
+def check_anchor(p: Tensor, anchor: Any, name: str, owners: Mapping[Tensor, str]) -> None:
+    """`owners`: the parameters that the anchor may share memory with, and their names."""
+    if not isinstance(anchor, Tensor):
+        raise ValueError(f"the anchor of {name} must be a tensor, not {type(anchor).__name__}")
+    _check_alike(anchor, p, f"the anchor of {name}", ValueError)
+    for owner, owner_name in owners.items():
+        if layouts.overlapping([anchor, owner]) is not None:
             raise ValueError(
-                f"the anchor of {name} shares memory with {names[owner]} and would move along "
+                f"the anchor of {name} shares memory with {owner_name} and would move along "
                 "with it: pass a copy (.detach().clone()), or anchor='initial'"
             )
 
 
-def check_state(p: Tensor, state: Mapping[str, Any], hyper: Hyper, name: str) -> None:
-    """A state that holds anything must be a whole one; missing optional entries are made later."""
-    if not state:
-        return
-    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
-    if missing:
+def check_state(p: Tensor, state: Any, hyper: Hyper, name: str) -> None:
+    """A state that holds moments must be a whole one; missing optional entries are made later."""
+    if not isinstance(state, dict):
+        raise ValueError(f"the state of {name} must be a dict, not {type(state).__name__}")
+    if hyper.anchored and "anchor" not in state:
         raise ValueError(
-            f"the state of {name} lacks {', '.join(missing)} (it has {', '.join(map(str, state))}):"
-            " it belongs to another kind of optimizer or is damaged"
+            f"{name} has no anchor: choose one at construction or in add_param_group; "
+            "it cannot be switched on later"
         )
-    step = state["step"]
-    step_number = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
-    if isinstance(step_number, (Tensor, bool)) or not (
-        isinstance(step_number, (int, float)) and step_number >= 0 and step_number % 1 == 0
-    ):
-        raise ValueError(f"the state of {name} has step {step!r}: it must be a whole number >= 0")
+    if state.keys() - {"anchor"}:
+        missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
+        if missing:
+            raise ValueError(
+                f"the state of {name} lacks {', '.join(missing)} (it has "
+                f"{', '.join(map(str, state))}): it belongs to another kind of optimizer or is "
+                "damaged"
+            )
+        _check_step(state["step"], name)
+    if "exp_avg_sq_sum" in state and not _is_number(state["exp_avg_sq_sum"]):
+        raise ValueError(
+            f"exp_avg_sq_sum of {name} must be a tensor of one number, not "
+            f"{state['exp_avg_sq_sum']!r}"
+        )
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor"):
         if key not in state:
             continue
@@ -117,16 +118,26 @@ def check_state(p: Tensor, state: Mapping[str, Any], hyper: Hyper, name: str) ->
                 f"{key} of {name} has shape {tuple(state[key].shape)} but the parameter has "
                 f"{tuple(p.shape)}: this state belongs to another model"
             )
-    if hyper.anchored and "anchor" not in state:
-        raise ValueError(
-            f"{name} has no anchor: choose one at construction or in add_param_group; "
-            "it cannot be switched on later"
-        )
+        if state[key].is_complex() != p.is_complex():
+            raise ValueError(
+                f"{key} of {name} is {state[key].dtype} but the parameter is {p.dtype}: this state "
+                "belongs to another model"
+            )
+
+
+def _check_step(step: Any, name: str) -> None:
+    number = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
+    if not (type(number) in (int, float) and number >= 0 and number % 1 == 0):
+        raise ValueError(f"the state of {name} has step {step!r}: it must be a whole number >= 0")
 
 
 def check_live_state(p: Tensor, state: Mapping[str, Any], hyper: Hyper, name: str) -> None:
     """Of a state in use, the dtypes and devices count as well."""
     check_state(p, state, hyper, name)
+    if "step" in state and not _is_number(state["step"]):
+        raise RuntimeError(
+            f"step of {name} must be a floating-point tensor of one number, not {state['step']!r}"
+        )
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor"):
         if key in state:
             _check_alike(state[key], p, f"{key} of {name}", RuntimeError)
@@ -142,5 +153,5 @@ def _check_alike(x: Tensor, p: Tensor, what: str, error: type[Exception]) -> Non
             )
 
 
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.numel() == 1 and x.is_floating_point()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import torch
 from wdkernels import schedules
 
 DECAY_SCALES = ("lr", "relative_lr", "corrected")
+ANCHORS = ("zero", "initial", "given")  # of a group in use: given tensors are in the state
 
 
 # Options that have no meaning for a method, and why.
@@ -102,6 +104,12 @@ def from_group(method: str, group: Mapping[str, Any]) -> Hyper:
     if _flag(group, "unmixed"):
         method = "unmixed"
 
+    if not isinstance(group["anchor"], str) or group["anchor"] not in ANCHORS:
+        raise ValueError(
+            "anchor tensors are taken at construction and in add_param_group; in a group it must "
+            f"be one of {', '.join(map(repr, ANCHORS))}, not {group['anchor']!r}"
+        )
+
     lr = _number(group["lr"], "lr")
     given = group.get("lr_max")
     lr_max = lr if given is None else _number(given, "lr_max")
@@ -131,12 +139,13 @@ def _number(value: Any, name: str, below: float = math.inf) -> float:
     """A finite number >= 0 and < `below`; a tensor of one element counts as a number."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's are among them
         raise ValueError(f"{name} must be a number, not {value!r}")
-    if not 0.0 <= value < below:  # also refuses NaN
+    number = float(value)
+    if not 0.0 <= number < below:  # also refuses NaN
         limit = "finite and >= 0" if below == math.inf else f"in [0, {below:g})"
         raise ValueError(f"{name} must be {limit}, not {value!r}")
-    return float(value)
+    return number
 
 
 def _flag(group: Mapping[str, Any], name: str) -> bool:

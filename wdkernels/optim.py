@@ -78,6 +78,10 @@ _COMMON = (
     *("lr", "betas", "eps", "weight_decay", "amsgrad"),
     *("maximize", "capturable", "anchor", "decay_schedule"),
 )
+_NUMBERS = ("lr", "betas", "eps", "weight_decay")
+_NO_STATE_DICT = (
+    "this is not the state_dict of an optimizer, which holds 'state' and 'param_groups'"
+)
 _TORCH_CHOICES = ("foreach", "fused", "differentiable", "decoupled_weight_decay")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor")
 
@@ -159,11 +163,12 @@ class _Adam(torch.optim.Optimizer):
             for k, p in enumerate(group["params"])
         }
         for k, item in enumerate(params):
-            name, p = item if isinstance(item, tuple) else (None, item)
-            place = f"parameter {k} of group {index}"
+            named = isinstance(item, tuple)
+            name = checks.name_of({"param_names": {k: item[0]}} if named else {}, index, k)
+            p = item[1] if named else item
             if id(p) in seen:
-                raise ValueError(f"{place} is {seen[id(p)]} once more: pass each parameter once")
-            seen[id(p)] = place if name is None else f"'{name}' ({place})"
+                raise ValueError(f"{name} is {seen[id(p)]} once more: pass each parameter once")
+            seen[id(p)] = name
 
     def _adopt(self, group: dict[str, Any], index: int) -> None:
         """Check a new group and record its anchors."""
@@ -173,16 +178,17 @@ class _Adam(torch.optim.Optimizer):
             checks.check_parameter(p, name)
 
         anchors: Iterable[Any] | None = None
-        if not isinstance(group["anchor"], str):
-            anchors = list(group["anchor"])
-            checks.check_anchors(params, anchors, names)
-            group["anchor"] = "given"
-        elif group["anchor"] == "initial":
+        anchor = group["anchor"]
+        if anchor == "initial":
             anchors = (p.detach().clone() for p in params)
-        elif group["anchor"] != "zero":
+        elif isinstance(anchor, Iterable) and not isinstance(anchor, (str, Tensor)):
+            anchors = list(anchor)
+            self._check_anchors(params, anchors, names, index)
+            group["anchor"] = "given"
+        elif anchor != "zero":
             raise ValueError(
                 f"group {index}: anchor must be 'zero', 'initial' or a list of tensors, one for "
-                f"each parameter of the group, not {group['anchor']!r}"
+                f"each parameter of the group, not {anchor!r}"
             )
         hyper = self._hyper(group, index)
         if "lr_max" in group:
@@ -191,6 +197,23 @@ class _Adam(torch.optim.Optimizer):
             for p, anchor in zip(params, anchors, strict=True):
                 self.state[p]["anchor"] = anchor.detach().resolve_conj().resolve_neg()
                 self._complete_state(p, hyper)
+
+    def _check_anchors(
+        self, params: Sequence[Tensor], anchors: Sequence[Any], names: Sequence[str], index: int
+    ) -> None:
+        if len(anchors) != len(params):
+            raise ValueError(
+                f"group {index}: anchor holds {len(anchors)} tensors for {len(params)} parameters: "
+                "give one for each, in the same order"
+            )
+        owners: dict[int, dict[Tensor, str]] = {}  # by storage
+        for i, group in enumerate(self.param_groups):
+            for k, p in enumerate(group["params"]):
+                storage = p.untyped_storage().data_ptr()
+                owners.setdefault(storage, {})[p] = checks.name_of(group, i, k)
+        for p, anchor, name in zip(params, anchors, names, strict=True):
+            storage = anchor.untyped_storage().data_ptr() if isinstance(anchor, Tensor) else 0
+            checks.check_anchor(p, anchor, name, owners.get(storage, {}))
 
     def _hyper(self, group: dict[str, Any], index: int) -> Hyper:
         try:
@@ -211,8 +234,11 @@ class _Adam(torch.optim.Optimizer):
         seen: dict[int, Any] = {}
         for index, group in enumerate(self.param_groups):
             values = self._values(group)
-            if values == self._seen.get(index):
-                continue
+            try:
+                if values == self._seen.get(index):
+                    continue
+            except (RuntimeError, ValueError):
+                pass  # an array of several numbers, which the next line refuses
             hypers[index] = self._hyper(group, index)
             # Copied, as lists and schedules may be edited in place. A tensor is read each time.
             tensors = any(isinstance(value, Tensor) for value in values)
@@ -246,8 +272,10 @@ class _Adam(torch.optim.Optimizer):
 
     def _step_anew(self) -> None:
         """The step of a new set of tensors, or of a backend that keeps no plan."""
-        backend = self._choose([p for group in self.param_groups for p in group["params"]])
         groups = self._checked_groups()
+        backend = self._choose([p for group in self.param_groups for p in group["params"]])
+        for group in groups:  # the first thing written, so after all checks
+            group.states.extend(self._complete_state(p, group.hyper) for p in group.params)
         if backend is None:
             reference.step(groups)
             return
@@ -278,7 +306,7 @@ class _Adam(torch.optim.Optimizer):
         return None
 
     def _checked_groups(self) -> list[reference.Group]:
-        """Every parameter that has a gradient, after a look at everything a step relies on."""
+        """The parameters that have a gradient, after a look at everything a step relies on."""
         params, names = [], []
         groups = []
         for i, group in enumerate(self.param_groups):
@@ -288,6 +316,7 @@ class _Adam(torch.optim.Optimizer):
                 name = checks.name_of(group, i, k)
                 params.append(p)
                 names.append(name)
+                checks.check_parameter(p, name)
                 if p.grad is None:
                     continue
                 checks.check_gradient(p, name)
@@ -299,8 +328,6 @@ class _Adam(torch.optim.Optimizer):
         if memory != self._checked_memory:
             checks.check_memory(params, names)
             self._checked_memory = memory
-        for active in groups:  # the first thing written, so after all checks
-            active.states.extend(self._complete_state(p, active.hyper) for p in active.params)
         return groups
 
     def _complete_state(self, p: Tensor, hyper: Hyper) -> dict[str, Any]:
@@ -329,6 +356,8 @@ class _Adam(torch.optim.Optimizer):
         Tensors are copied. What the state dict does not know (the anchor, the schedule and other
         options of a group) stays as it is. ValueError, with nothing changed, if it does not fit.
         """
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"{_NO_STATE_DICT}; it is a {type(state_dict).__name__}")
         loaded: dict[str, Any] = {}
 
         def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
@@ -346,16 +375,28 @@ class _Adam(torch.optim.Optimizer):
         for index, (group, before, saved) in enumerate(
             zip(self.param_groups, before_groups, loaded["param_groups"], strict=True)
         ):
-            for key in _TORCH_CHOICES:
-                group.pop(key, None)  # it would bind a torch optimizer that loads this one's state
+            for key in self._foreign(group):
+                del group[key]
             for key, value in before.items():
                 group.setdefault(key, value)
             hyper = self._hyper(group, index)
+            # torch.optim would have carried a sum of v along, but not kept it up.
+            sums = hyper.method == "swd" and not any(key in saved for key in _TORCH_CHOICES)
             for p, key in zip(group["params"], saved["params"], strict=True):
-                self._load_state(p, hyper, loaded["state"].get(key, {}), before_state.get(p, {}))
+                state = loaded["state"].get(key, {})
+                self._load_state(p, hyper, state, before_state.get(p, {}), sums)
+
+    def _foreign(self, group: dict[str, Any]) -> list[str]:
+        """Options of another class; torch's would bind one that loads this one's state later."""
+        return [key for key in group if key in _TORCH_CHOICES or (self._method, key) in SENSELESS]
 
     def _load_state(
-        self, p: Tensor, hyper: Hyper, saved: dict[str, Any], before: dict[str, Any]
+        self,
+        p: Tensor,
+        hyper: Hyper,
+        saved: dict[str, Any],
+        before: dict[str, Any],
+        sums: bool,
     ) -> None:
         """Copy a saved state; torch would cast and keep the caller's tensors."""
         kept = {"anchor": before["anchor"]} if "anchor" in before and hyper.anchored else {}
@@ -367,16 +408,16 @@ class _Adam(torch.optim.Optimizer):
         for key in _MOMENTS:
             if key in saved:
                 state[key] = saved[key].to(p.device, p.dtype, copy=True)
-        if "exp_avg_sq_sum" in saved:
-            state["exp_avg_sq_sum"] = saved["exp_avg_sq_sum"].to(p.device, copy=True)
+        state.pop("exp_avg_sq_sum", None)
+        if sums and "exp_avg_sq_sum" in saved:
+            state["exp_avg_sq_sum"] = saved["exp_avg_sq_sum"].to(p.device, torch.float64, copy=True)
         self._complete_state(p, hyper)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups, states = state_dict.get("param_groups"), state_dict.get("state")
         if not isinstance(groups, list) or not isinstance(states, dict):
             raise ValueError(
-                "this is not the state_dict of an optimizer, which holds 'state' and "
-                f"'param_groups'; it holds {', '.join(map(str, state_dict)) or 'nothing'}"
+                f"{_NO_STATE_DICT}; it holds {', '.join(map(str, state_dict)) or 'nothing'}"
             )
         if len(groups) != len(self.param_groups):
             raise ValueError(
@@ -384,18 +425,28 @@ class _Adam(torch.optim.Optimizer):
                 f"{len(self.param_groups)}: build it with the groups that were saved"
             )
         for i, (saved, group) in enumerate(zip(groups, self.param_groups, strict=True)):
+            if not isinstance(saved, dict):
+                raise ValueError(f"group {i} of the state_dict must be a dict, not {saved!r}")
             if len(saved.get("params", ())) != len(group["params"]):
                 raise ValueError(
                     f"group {i} of the state_dict has {len(saved.get('params', ()))} parameters, "
                     f"this optimizer's has {len(group['params'])}: it belongs to another model"
                 )
-            hyper = self._hyper({**group, **saved, "params": group["params"]}, i)
+            if missing := [key for key in _NUMBERS if key not in saved]:
+                raise ValueError(
+                    f"group {i} of the state_dict lacks {', '.join(missing)}: it belongs to "
+                    "another kind of optimizer or is damaged"
+                )
+            merged = {**group, **saved, "params": group["params"]}
+            for key in self._foreign(merged):
+                del merged[key]
+            hyper = self._hyper(merged, i)
             for k, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+                name = checks.name_of(group, i, k)
                 state = states.get(key, {})
-                own = self.state.get(p, {})
-                if hyper.anchored and state and "anchor" in own:
-                    state = {"anchor": own["anchor"], **state}
-                checks.check_state(p, state, hyper, checks.name_of(group, i, k))
+                if isinstance(state, dict) and "anchor" in self.state.get(p, {}):
+                    state = {"anchor": self.state[p]["anchor"], **state}
+                checks.check_state(p, state, hyper, name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_backend": self._backend}
