@@ -468,3 +468,23 @@ def test_memory_that_comes_to_be_shared() -> None:
     p.grad, q.grad = torch.ones(4), torch.ones(4)
     with pytest.raises(RuntimeError, match="parameter 0 of group 0 and parameter 1 of group 0"):
         optimizer.step()
+
+
+def test_memory_shared_by_tensors_of_different_types() -> None:
+    """The imaginary part of every other element, and the elements between them."""
+    z = torch.ones(8, dtype=torch.complex64)
+    imaginary = torch.view_as_real(z)[::2, 1]
+    optimizer = wd.AdamW([z[1::2], imaginary])
+    train(optimizer, optimizer.param_groups[0]["params"], range(1))
+    optimizer = wd.AdamW([z[::2], imaginary])
+    with pytest.raises(RuntimeError, match="share memory"):
+        train(optimizer, optimizer.param_groups[0]["params"], range(1))
+
+
+def test_meta_tensors_share_no_memory() -> None:
+    params = [torch.ones(3, device="meta"), torch.ones(2, device="meta")]
+    optimizer = wd.AdamW(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.state[params[1]]["exp_avg"].is_meta

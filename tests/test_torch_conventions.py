@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from eager import LOUD
@@ -303,6 +304,15 @@ def test_tensors_as_hyper_parameters(variant: Variant, backend: str) -> None:
 
 
 @every_backend
+def test_numbers_of_numpy(backend: str) -> None:
+    w = torch.ones(2, dtype=torch.float64)
+    optimizer = wd.AdamW([w], lr=np.float32(0.5), weight_decay=np.float64(0.25), backend=backend)
+    w.grad = torch.zeros(2, dtype=torch.float64)
+    optimizer.step()
+    assert_close(w, torch.full_like(w, 1 - 0.5 * 0.25))
+
+
+@every_backend
 @pytest.mark.parametrize("method", METHODS)
 def test_every_number_of_a_group_may_change_at_any_step(method: str, backend: str) -> None:
     edits: list[dict[str, Any]] = [
@@ -531,6 +541,44 @@ def test_swd_and_spd_continue_from_a_state_of_adamw(
     train(optimizer, mine, range(3, 6))
     train(reference, expected, range(3, 6))
     assert_close(mine, expected)
+
+
+@every_backend
+@pytest.mark.parametrize("via", [torch.optim.AdamW, wd.AdamW, wd.AdamSPD], ids=str)
+def test_swd_does_not_trust_a_sum_that_others_carried_along(via: Any, backend: str) -> None:
+    """The running sum of v went through an optimizer that does not keep it up."""
+    params = weights()
+    optimizer = Variant("swd").build(params, backend)
+    train(optimizer, params, range(2))
+    other = via(params, lr=0.1)
+    other.load_state_dict(optimizer.state_dict())
+    train(other, params, range(2, 5))
+    optimizer.load_state_dict(other.state_dict())
+    for p in params:
+        if "exp_avg_sq" in optimizer.state.get(p, {}):
+            state = optimizer.state[p]
+            assert_close(state["exp_avg_sq_sum"], state["exp_avg_sq"].sum())
+
+
+@every_backend
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("before", METHODS)
+def test_one_of_our_optimizers_continues_from_another(
+    before: str, method: str, backend: str
+) -> None:
+    """Options that only the other one has are left behind, as of torch.optim."""
+    params = weights()
+    optimizer = Variant(before).build(params, backend)
+    train(optimizer, params, range(2))
+    other = Variant(method).build(params, backend, lr=0.7)
+    other.load_state_dict(saved(optimizer.state_dict()))
+    assert other.param_groups[0]["lr"] == 0.1
+    assert (
+        other.param_groups[0].keys()
+        == Variant(method).build(params, backend).param_groups[0].keys()
+    )
+    assert torch.equal(other.state[params[0]]["exp_avg"], optimizer.state[params[0]]["exp_avg"])
+    train(other, params, range(2, 4))
 
 
 @every_backend
