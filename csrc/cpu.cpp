@@ -19,6 +19,9 @@ namespace {
 // vectorises best on all of them.
 constexpr int kLanes = 16;
 
+// Terms that are added in their own type before they are added in double.
+constexpr int kRun = 16;
+
 // A piece that stays in the L1 cache while several loops pass over it (6 x 4 KiB).
 constexpr int64_t kTile = 1024;
 
@@ -85,24 +88,36 @@ void pull(const Streams<T>& s, int64_t n, T shrink) {
 
 // ---- sums over elements ------------------------------------------------------------------------
 
-// N sums in kLanes accumulators each; term(i, terms) gives what element i adds to them.
-template <int N>
+// N sums in kLanes accumulators each; term(i, terms) gives what element i adds to them, in T. Runs
+// of kRun terms are added in T before they are added in double: for float that halves the cost,
+// and a run's rounding is no larger than that of its terms.
+template <class T, int N>
 struct Sums {
   double lanes[N][kLanes] = {};
 
   template <class Term>
   WDK_INLINE void add(int64_t n, const Term& term) {
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-      for (int lane = 0; lane < kLanes; ++lane) add_one(i + lane, lane, term);
-    for (int lane = 0; i < n; ++i, ++lane) add_one(i, lane, term);
+    for (; i + kRun * kLanes <= n; i += kRun * kLanes) add_run<kRun>(i, term);
+    for (; i + kLanes <= n; i += kLanes) add_run<1>(i, term);
+    for (int lane = 0; i < n; ++i, ++lane) {
+      T terms[N];
+      term(i, terms);
+      for (int k = 0; k < N; ++k) lanes[k][lane] += double(terms[k]);
+    }
   }
 
-  template <class Term>
-  WDK_INLINE void add_one(int64_t i, int lane, const Term& term) {
-    double terms[N];
-    term(i, terms);
-    for (int k = 0; k < N; ++k) lanes[k][lane] += terms[k];
+  template <int size, class Term>
+  WDK_INLINE void add_run(int64_t begin, const Term& term) {
+    T run[N][kLanes] = {};
+    for (int64_t i = begin; i < begin + size * kLanes; i += kLanes)
+      for (int lane = 0; lane < kLanes; ++lane) {
+        T terms[N];
+        term(i + lane, terms);
+        for (int k = 0; k < N; ++k) run[k][lane] += terms[k];
+      }
+    for (int k = 0; k < N; ++k)
+      for (int lane = 0; lane < kLanes; ++lane) lanes[k][lane] += double(run[k][lane]);
   }
 
   double total(int k) const {
@@ -114,7 +129,7 @@ struct Sums {
 
 template <class T>
 double sum_of_squares(const T* __restrict g, int64_t n) {
-  Sums<1> sums;
+  Sums<double, 1> sums;
   sums.add(n, [=](int64_t i, double* terms) { terms[0] = double(g[i]) * double(g[i]); });
   return sums.total(0);
 }
@@ -125,7 +140,7 @@ double sum_of_maxima(const Streams<T>& s, int64_t n, T one_minus_beta2) {
   const T* __restrict g = s.g;
   const T* __restrict v = s.v;
   const T* __restrict vmax = s.vmax;
-  Sums<1> sums;
+  Sums<double, 1> sums;
   sums.add(n, [=](int64_t i, double* terms) {
     terms[0] = maximum(vmax[i], second_moment(v[i], g[i] * g[i], one_minus_beta2));
   });
@@ -136,7 +151,7 @@ double sum_of_maxima(const Streams<T>& s, int64_t n, T one_minus_beta2) {
 template <bool anchored, bool amsgrad, class T>
 ProjectionSums step_and_sum(Streams<T> s, int64_t n, const Coefficients<T>& c) {
   T before[kTile];
-  Sums<3> sums;
+  Sums<T, 3> sums;
   for (int64_t size; n > 0; n -= size, s.advance(size)) {
     size = n < kTile ? n : kTile;
     step<Decay::projection, anchored, amsgrad, false>(s, size, c, before);
@@ -145,8 +160,8 @@ ProjectionSums step_and_sum(Streams<T> s, int64_t n, const Coefficients<T>& c) {
     const T* __restrict g = s.g;
     const T* __restrict a = s.a;
     const T sign = c.sign;
-    sums.add(size, [&before, w, g, a, sign](int64_t i, double* terms) {
-      const ProjectionSums p =
+    sums.add(size, [&before, w, g, a, sign](int64_t i, T* terms) {
+      const ProjectionTerms<T> p =
           projection_terms<anchored>(before[i], sign * g[i], anchored ? a[i] : T(0), w[i]);
       terms[0] = p.alignment;
       terms[1] = p.distance2;

@@ -51,13 +51,15 @@ struct Element {
   T a;     // anchor; only if there is one
 };
 
-// Selective Projection Decay's sums over a tensor, and what one element adds to them.
-struct ProjectionSums {
-  double alignment;  // sum g (w - a) = -c
-  double distance2;  // |w~ - a|^2
-  double growth2;    // |w~ - a|^2 - |w - a|^2, summed directly: subtracting two nearly equal norms
-                     // would lose the digits that matter
+// What Selective Projection Decay sums over a tensor: an element's terms in T, the sums in double.
+template <class T>
+struct ProjectionTerms {
+  T alignment;  // g (w - a); its sum is -c
+  T distance2;  // (w~ - a)^2
+  T growth2;    // (w~ - a)^2 - (w - a)^2, as a product: subtracting two nearly equal squares would
+                // lose the digits that matter
 };
+using ProjectionSums = ProjectionTerms<double>;
 
 template <class T>
 WDK_INLINE T square_root(T x) {
@@ -117,10 +119,10 @@ WDK_INLINE void update(Element<T>& x, const Coefficients<T>& c) {
 
 // w before and w~ after the step; g with its sign.
 template <bool anchored, class T>
-WDK_INLINE ProjectionSums projection_terms(T w, T g, T a, T stepped) {
-  const double before = anchored ? double(w) - double(a) : double(w);
-  const double after = anchored ? double(stepped) - double(a) : double(stepped);
-  return {double(g) * before, after * after, (double(stepped) - double(w)) * (after + before)};
+WDK_INLINE ProjectionTerms<T> projection_terms(T w, T g, T a, T stepped) {
+  const T before = anchored ? w - a : w;
+  const T after = anchored ? stepped - a : stepped;
+  return {g * before, after * after, (stepped - w) * (after + before)};
 }
 
 // w~ - shrink (w~ - a) of a tensor that SPD selected, shrink = lambda r.

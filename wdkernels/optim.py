@@ -473,7 +473,8 @@ class Adam(_Adam):
     lr multiplies the whole step, decay included, and sqrt(v) divides it.
 
     unmixed   the moments do not see the penalty: lambda_t (w - a) is added to the bias-corrected m
-              in u's numerator instead, still adaptive (the ablation of arXiv 2012.13841)
+              in u's numerator instead, still adaptive (the ablation of arXiv 2012.13841). Where a
+              gradient stays 0 only eps divides the decay, so keep lr * weight_decay below 2 * eps
 
     Source: Kingma & Ba 2014, arXiv 1412.6980; torch.optim.Adam. The module's docstring explains
     the common arguments. Raises ValueError or TypeError for bad arguments, naming them.
