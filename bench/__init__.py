@@ -4,9 +4,9 @@
     python -m bench --quick    a minute, on small tensors
     pytest bench/              the same measurement, with all of pytest-benchmark's options
 
-Contenders on one workload take turns, one step each per round, on the same weights, gradients and
-state. A ratio is the median over the rounds of the ratio within a round, so what slows the whole
-machine for a second or a minute slows both sides of it.
+Contenders on one workload take turns, one timed step each per round, on the same weights, gradients
+and state. A ratio is the median over the rounds of the ratio within a round, so what slows the
+whole machine for a second or a minute slows both sides of it.
 
     workloads.py     what is measured: lists of tensor shapes
     contenders.py    who is measured: optimizers, and what they must move
@@ -14,5 +14,9 @@ machine for a second or a minute slows both sides of it.
     limit.py         how fast this machine moves memory
     runner.py        the rounds
     test_bench.py    the same as pytest-benchmark sees it
-    report.py        table, JSON, Markdown, chart
+    results.py       ratios within rounds
+    targets.py       what the project asks of itself
+    report.py        table, JSON, Markdown
+    chart.py         picture
+    machine.py       what the figures depend on
 """

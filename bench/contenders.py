@@ -116,7 +116,7 @@ def _deepspeed(device: torch.device) -> list[Contender]:
 
 
 def _eager() -> list[Contender]:
-    eager = partial(_contender, "eager", backend="eager", every=4)
+    eager = partial(_contender, "eager", backend="eager", every=6)
     paper = partial(_contender, "paper", every=4)
     return [
         eager("AdamW", wd.AdamW),

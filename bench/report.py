@@ -13,12 +13,13 @@ from bench.results import Results, Row
 from bench.targets import TARGETS
 
 NOTES = """\
-Contenders take turns, one step each per round, on the same weights, gradients and state; gradients
-are fresh in each step, as training makes them. **ms** is the median time of `optimizer.step()`; a
-ratio is the median of the ratios within rounds. **GB/s** counts the bytes that a step of the method
-must move, however it is programmed: 28 per float32 element for AdamW (weights, gradient and two
-moments read, all but the gradient written), 4 more for an anchor, 8 more for amsgrad, 4 more for
-AdamSWD, which needs the sum over all gradients before it writes. **Of limit** is the share of the
+Contenders take turns, one timed step each per round, on the same weights, gradients and state;
+gradients are fresh in each step, as training makes them, and with many small tensors an untimed
+step precedes the timed one. **ms** is the median time of `optimizer.step()`; a ratio is the median
+of the ratios within rounds. **GB/s** counts the bytes that a step of the method must move, however
+it is programmed: 28 per float32 element for AdamW (weights, gradient and two moments read, all but
+the gradient written), 4 more for an anchor, 8 more for amsgrad, 4 more for AdamSWD, which needs the
+sum over all gradients before it writes. **Of limit** is the share of the
 GB/s of a loop that reads and writes the streams of AdamW with one addition each (bench/limit.py).
 **Over fused** is the speed over that of torch.optim.AdamW(fused=True), whatever the method, and
 **10 groups** the time with the tensors dealt out to so many param groups over the time with one.

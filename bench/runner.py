@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.contenders import Contender
 from bench.workloads import Workload
 
-WARM_UP = 3  # steps of each contender that are not counted
+WARM_UP = 2  # steps: the first makes the state, the second meets it where it will stay
 MOST_ROUNDS = 100
 
 
@@ -66,8 +66,7 @@ def measure(cases: Sequence[Case], device: torch.device, console: Console) -> di
                 arena.set_out()
                 for case in turns:
                     bar.show(f"round {number + 1} of {rounds}", number / rounds)
-                    seconds = arena.step(case.contender, optimizers[case])
-                    records[case].seconds[number] = seconds
+                    records[case].seconds[number] = arena.turn(case, optimizers[case])
         bar.show(f"{rounds} rounds", 1)
     arena.check()
     return records
@@ -103,7 +102,7 @@ class Arena:
             self._step(case.contender, optimizer, self._outward)
             cost = time.perf_counter() - start
             self._share_state(optimizer)
-        return optimizer, cost
+        return optimizer, cost * (1 + case.workload.untimed)
 
     def set_out(self) -> None:
         """Momentum outward, whoever's turn came before."""
@@ -111,9 +110,12 @@ class Arena:
             if name == "exp_avg":
                 value.copy_(self._outward[index])
 
-    def step(self, contender: Contender, optimizer: Any) -> float:
+    def turn(self, case: Case, optimizer: Any) -> float:
         """Seconds of one step."""
-        return self._step(contender, optimizer, self._back if contender.fires else self._outward)
+        gradients = self._back if case.contender.fires else self._outward
+        for _ in range(case.workload.untimed):
+            self._step(case.contender, optimizer, gradients)
+        return self._step(case.contender, optimizer, gradients)
 
     def check(self) -> None:
         if not all(p.isfinite().all() for p in self._params):

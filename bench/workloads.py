@@ -14,9 +14,12 @@ class Workload:
     name: str
     title: str
     shapes: tuple[Shape, ...]
-    seconds: float = 15  # to spend on it, about, if that is enough for so many rounds:
-    rounds: int = 12
     groups: tuple[int, ...] = (1,)  # numbers of param groups to deal the tensors out to
+    seconds: float = 20  # to spend on it, about, if that is enough for so many rounds:
+    rounds: int = 12
+    # Steps of a turn before the one that is timed. Where the host's work counts, the caches should
+    # hold what they hold in training: this optimizer's objects, not those of eighty others.
+    untimed: int = 0
 
     @property
     def numel(self) -> int:
@@ -55,7 +58,7 @@ def _resnet50() -> Iterator[Shape]:
 
 def _many(count: int, numel: int, groups: tuple[int, ...] = (1,)) -> Workload:
     name, title = f"{count}x{numel}", f"{count:,} × {numel}"
-    return Workload(name, title, ((numel,),) * count, groups=groups)
+    return Workload(name, title, ((numel,),) * count, groups, untimed=1)
 
 
 FULL: tuple[Workload, ...] = (
@@ -70,5 +73,5 @@ FULL: tuple[Workload, ...] = (
 
 QUICK: tuple[Workload, ...] = (
     Workload("1M", "one tensor of 1M", ((1 << 20,),), seconds=2, rounds=4),
-    Workload("100x256", "100 × 256", ((256,),) * 100, seconds=2, rounds=4, groups=(1, 10)),
+    Workload("100x256", "100 × 256", ((256,),) * 100, (1, 10), seconds=2, rounds=4, untimed=1),
 )
