@@ -8,6 +8,21 @@
 namespace py = pybind11;
 using namespace wdk;
 
+// Lets Python's garbage collector see what a plan refers to.
+static void collectable(PyHeapTypeObject* heap_type) {
+  PyTypeObject& type = heap_type->ht_type;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    if (!py::detail::is_holder_constructed(self)) return 0;
+    return py::cast<Plan&>(py::handle(self)).traverse(visit, arg);
+  };
+  type.tp_clear = [](PyObject* self) {
+    if (py::detail::is_holder_constructed(self)) py::cast<Plan&>(py::handle(self)).clear();
+    return 0;
+  };
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Fused optimizer steps. Use it through the optimizers of wdkernels.";
 
@@ -46,7 +61,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("lr_max"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
            py::arg("weight_decay"), py::arg("decay_scale"), py::arg("first"), py::arg("second"));
 
-  py::class_<Plan>(m, "Plan")
+  py::class_<Plan>(m, "Plan", py::custom_type_setup(collectable))
       .def(py::init<py::dict, py::list>(), py::arg("state"), py::arg("groups"))
       .def("add_parameter", &Plan::add_parameter, py::kw_only(), py::arg("parameter"),
            py::arg("weight"), py::arg("state"), py::arg("group"))

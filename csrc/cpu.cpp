@@ -142,7 +142,7 @@ double sum_of_maxima(const Streams<T>& s, int64_t n, T one_minus_beta2) {
   const T* __restrict vmax = s.vmax;
   Sums<double, 1> sums;
   sums.add(n, [=](int64_t i, double* terms) {
-    terms[0] = maximum(vmax[i], second_moment(v[i], g[i] * g[i], one_minus_beta2));
+    terms[0] = maximum(vmax[i], second_moment(v[i], g[i], one_minus_beta2));
   });
   return sums.total(0);
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <tuple>
 
 #include "cpu.h"
 
@@ -110,6 +111,33 @@ void Plan::set_hyper(int32_t group, const Hyper& hyper) {
   current = hyper;
 }
 
+int Plan::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(state_.ptr());
+  Py_VISIT(groups_.ptr());
+  Py_VISIT(updated_.ptr());
+  for (const py::object& list : parameter_lists_) Py_VISIT(list.ptr());
+  for (const py::object& value : state_values_) Py_VISIT(value.ptr());
+  for (const Parameter& p : parameters_) {
+    Py_VISIT(p.object.ptr());
+    Py_VISIT(p.weight_object.ptr());
+    Py_VISIT(p.state.ptr());
+    Py_VISIT(p.gradient.ptr());
+    for (const Stored& stored : p.stored) Py_VISIT(stored.object.ptr());
+  }
+  return 0;
+}
+
+void Plan::clear() {
+  const auto dropped =
+      std::make_tuple(std::move(parameters_), std::move(state_values_), std::move(parameter_lists_),
+                      std::move(updated_), std::move(state_), std::move(groups_));
+  active_.clear();
+}
+
+void Plan::refuse_while_running() const {
+  if (running_) throw std::runtime_error("this optimizer is at work on a step in another thread");
+}
+
 // ---- looking at every tensor -------------------------------------------------------------------
 
 bool Plan::Parameter::unchanged() const {
@@ -152,6 +180,7 @@ bool Plan::same_objects(const py::dict& state, const py::list& groups) const {
 
 py::object Plan::gather(const py::dict& state, const py::list& groups) {
   static PyObject* grad = PyUnicode_InternFromString("grad");
+  refuse_while_running();
   if (!same_objects(state, groups)) return py::none();
 
   active_.clear();
@@ -167,7 +196,7 @@ py::object Plan::gather(const py::dict& state, const py::list& groups) {
     active_.push_back(static_cast<int32_t>(i));
     DLTensor view;
     if (read(p.gradient.ptr(), view) && p.weight.same_order(view) &&
-        !is_lazy(p.gradient.ptr(), view))
+        address(view) != p.weight.data() && !is_lazy(p.gradient.ptr(), view))
       p.gradient_data = address(view);
     else
       irregular.append(i);
@@ -274,9 +303,11 @@ void Plan::apply_mean_square() {
     double sum = 0;
     for (int32_t k = tensor.first_chunk; k < tensor.last_chunk; ++k) sum += sums_[k];
     if (!row.hyper.amsgrad) {
-      const Stored& kept = parameters_[active_[i]].stored[kExpAvgSqSum];
-      sum = second_moment(read_number(kept.data, kept.dtype), sum, 1 - row.hyper.beta2);
-      write_number(kept.data, kept.dtype, sum);
+      const Stored& stored = parameters_[active_[i]].stored[kExpAvgSqSum];
+      const double kept = read_number(stored.data, stored.dtype);
+      const double mean = lerp(kept, sum, 1 - row.hyper.beta2);
+      sum = std::isnan(mean) ? kept + sum : mean;  // inf stays inf, as v does
+      write_number(stored.data, stored.dtype, sum);
     }
     total += sum / row.hyper.bias_correction2(row.t);
     elements += tensor.numel;
@@ -286,12 +317,14 @@ void Plan::apply_mean_square() {
 }
 
 py::list Plan::step() {
+  refuse_while_running();
   if (active_ != planned_) {
     build_tables();
     planned_ = active_;
     updated_ = py::list();
     for (int32_t position : active_) updated_.append(parameters_[position].object);
   }
+  running_ = true;
   if (!tensors_.empty()) {
     py::gil_scoped_release release;
     build_rows();
@@ -317,6 +350,7 @@ py::list Plan::step() {
     }
     loops.update(work);
   }
+  running_ = false;
   for (int32_t position : active_) parameters_[position].gradient = py::none();
   return updated_;
 }

@@ -35,6 +35,10 @@ class Plan {
   // while it runs, and the gradients when it is done.
   py::list step();
 
+  // For Python's garbage collector: a parameter may reach its optimizer, and so this plan.
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
+
  private:
   // The state tensors of a parameter, named as in torch.optim.
   enum Slot { kStep, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAnchor, kExpAvgSqSum, kSlots };
@@ -62,11 +66,13 @@ class Plan {
     bool unchanged() const;
   };
 
+  void refuse_while_running() const;
   bool same_objects(const py::dict& state, const py::list& groups) const;
   void build_tables();
   void build_rows();
   void apply_mean_square();
 
+  bool running_ = false;  // a step in another thread, which has released the GIL
   py::dict state_;
   py::list groups_;
   std::vector<py::object> parameter_lists_;  // of the groups: owned, so that no other list can

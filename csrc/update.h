@@ -76,11 +76,12 @@ WDK_INLINE T lerp(T a, T b, T weight) {
   return weight < T(0.5) ? a + weight * (b - a) : b - (T(1) - weight) * (b - a);
 }
 
-// An overflowed second moment stays inf as in torch.optim; the lerp alone would turn it into NaN.
+// lerp of v and g^2. Where g^2 overflows, or v has, it is what torch.optim computes: finite as long
+// as weight g^2 is, and then inf for good, where the lerp alone would turn it into NaN.
 template <class T>
-WDK_INLINE T second_moment(T v, T g2, T weight) {
-  const T mean = lerp(v, g2, weight);
-  return mean == mean ? mean : v + g2;
+WDK_INLINE T second_moment(T v, T g, T weight) {
+  const T mean = lerp(v, g * g, weight);
+  return mean - mean == T(0) ? mean : (T(1) - weight) * v + (weight * g) * g;
 }
 
 // NaN in v wins, as in torch.maximum.
@@ -103,7 +104,7 @@ WDK_INLINE void update(Element<T>& x, const Coefficients<T>& c) {
   if (decay == Decay::l2) g = g + c.decay * d;  // penalty into the gradient
 
   x.m = lerp(x.m, g, c.one_minus_beta1);  // first moment
-  x.v = second_moment(x.v, g * g, c.one_minus_beta2);
+  x.v = second_moment(x.v, g, c.one_minus_beta2);
   if (amsgrad) x.vmax = maximum(x.vmax, x.v);
 
   T numerator = x.m;

@@ -488,3 +488,14 @@ def test_meta_tensors_share_no_memory() -> None:
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert optimizer.state[params[1]]["exp_avg"].is_meta
+
+
+def test_a_gradient_that_is_the_weight() -> None:
+    """As in p.grad = p.detach(): the step must not read what it has written."""
+    for kind in (wd.AdamW, wd.AdamSPD, wd.AdamSWD):
+        p = torch.linspace(-1, 1, 40, dtype=torch.float64).requires_grad_()
+        q = p.detach().clone().requires_grad_()
+        p.grad, q.grad = p.detach(), q.detach().clone()
+        for weight in (p, q):
+            kind([weight], lr=0.3, weight_decay=0.2, anchor="zero").step()
+        assert p.equal(q)

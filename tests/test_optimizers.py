@@ -415,7 +415,7 @@ def test_overflow_inf_and_nan_are_those_of_torch_optim(
     method: str, amsgrad: bool, betas: tuple[float, float], backend: str
 ) -> None:
     """The overflow lasts: an infinite second moment stops an element, it does not make it NaN."""
-    first = torch.tensor([1e30, -1e30, math.inf, -math.inf, math.nan, 0, 1, 1e-30])
+    first = torch.tensor([1e30, -1e30, math.inf, -math.inf, math.nan, 0, 1, 1e-30, 3e19])
     runs = []
     options = {key: LOUD[key] for key in ("lr", "eps", "weight_decay")}
     options.update(amsgrad=amsgrad, betas=betas)
@@ -423,10 +423,10 @@ def test_overflow_inf_and_nan_are_those_of_torch_optim(
         lambda p: TORCH[method](p, foreach=False, fused=False, **options),
         lambda p: Variant(method).build(p, backend, **options),
     ):
-        w = torch.ones(8, requires_grad=True)
+        w = torch.ones(9, requires_grad=True)
         optimizer = build([w])
         for t in range(4):
-            w.grad = first.clone() if t == 0 else torch.full((8,), 0.5)
+            w.grad = first.clone() if t == 0 else torch.full((9,), 0.5)
             optimizer.step()
         runs.append(snapshot(optimizer, [w]))
     assert runs[0].keys() == runs[1].keys()

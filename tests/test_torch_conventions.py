@@ -18,6 +18,7 @@ import torch
 from eager import LOUD
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+from torch.utils._pytree import tree_map
 from variants import (
     METHODS,
     Variant,
@@ -758,3 +759,49 @@ def test_a_forgotten_optimizer_is_freed(variant: Variant, backend: str) -> None:
     del optimizer, w
     gc.collect()
     assert [ref() for ref in alive] == [None] * 3
+
+
+def test_an_optimizer_that_its_parameter_reaches_is_freed() -> None:
+    p = torch.ones(3, requires_grad=True)
+    p.grad = torch.ones(3)
+    p.optimizer = wd.AdamW([p])  # type: ignore[attr-defined]
+    p.optimizer.step()  # type: ignore[attr-defined]
+    freed = weakref.ref(p.optimizer)  # type: ignore[attr-defined]
+    del p
+    gc.collect()
+    assert freed() is None
+
+
+class Wrapper(torch.Tensor):
+    """A tensor without memory of its own, like DTensor."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        def unwrap(x: Any) -> Any:
+            return x.inner if isinstance(x, cls) else x
+
+        def wrap(x: Any) -> Any:
+            return cls(x) if isinstance(x, torch.Tensor) else x
+
+        args, kwargs = tree_map(unwrap, (args, kwargs or {}))
+        return tree_map(wrap, function(*args, **kwargs))
+
+
+def test_tensors_without_memory_take_the_eager_formulas() -> None:
+    p = Wrapper(torch.ones(3)).requires_grad_()
+    p.grad = Wrapper(torch.ones(3))
+    wd.AdamW([p], lr=0.1, weight_decay=0.0).step()
+    torch.testing.assert_close(p.inner, torch.full((3,), 0.9))
+    with pytest.raises(ValueError, match="a Wrapper has no memory of its own"):
+        wd.AdamW([p], backend="native").step()

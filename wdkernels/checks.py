@@ -72,17 +72,10 @@ def check_gradient(p: Tensor, name: str) -> None:
             )
 
 
-def check_anchor(p: Tensor, anchor: Any, name: str, owners: Mapping[Tensor, str]) -> None:
-    """`owners`: the parameters that the anchor may share memory with, and their names."""
+def check_anchor(p: Tensor, anchor: Any, name: str) -> None:
     if not isinstance(anchor, Tensor):
         raise ValueError(f"the anchor of {name} must be a tensor, not {type(anchor).__name__}")
     _check_alike(anchor, p, f"the anchor of {name}", ValueError)
-    for owner, owner_name in owners.items():
-        if layouts.overlapping([anchor, owner]) is not None:
-            raise ValueError(
-                f"the anchor of {name} shares memory with {owner_name} and would move along "
-                "with it: pass a copy (.detach().clone()), or anchor='initial'"
-            )
 
 
 def check_state(p: Tensor, state: Any, hyper: Hyper, name: str) -> None:
@@ -113,6 +106,8 @@ def check_state(p: Tensor, state: Any, hyper: Hyper, name: str) -> None:
             continue
         if not isinstance(state[key], Tensor):
             raise ValueError(f"{key} of {name} must be a tensor, not {type(state[key]).__name__}")
+        if state[key].layout != torch.strided:
+            raise ValueError(f"{key} of {name} must be a dense tensor, not {state[key].layout}")
         if state[key].shape != p.shape:
             raise ValueError(
                 f"{key} of {name} has shape {tuple(state[key].shape)} but the parameter has "

@@ -141,7 +141,10 @@ def _number(value: Any, name: str, below: float = math.inf) -> float:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's are among them
         raise ValueError(f"{name} must be a number, not {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int of hundreds of digits
+        number = math.inf
     if not 0.0 <= number < below:  # also refuses NaN
         limit = "finite and >= 0" if below == math.inf else f"in [0, {below:g})"
         raise ValueError(f"{name} must be {limit}, not {value!r}")

@@ -29,10 +29,16 @@ def same_order(x: Tensor, y: Tensor) -> bool:
 
 
 def like(x: Tensor, weight: Tensor) -> Tensor:
-    """x itself if its elements lie in the order of the dense tensor `weight`, else a copy so."""
-    if same_order(x, weight) and not x.is_conj() and not x.is_neg():
+    """x itself if its elements lie in the order of the dense `weight` and not in it; or a copy."""
+    shared = x.data_ptr() == weight.data_ptr()  # the weight changes before x is done with
+    if same_order(x, weight) and not x.is_conj() and not x.is_neg() and not shared:
         return x
     return torch.empty_like(weight).copy_(x)
+
+
+def has_memory(x: Tensor) -> bool:
+    """Plain tensors have; where the numbers of one that wraps others (DTensor) are, they know."""
+    return type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
@@ -79,8 +85,8 @@ def _span(x: Tensor) -> tuple[int, int]:
 
 def _addresses(x: Tensor, unit: int) -> Tensor:
     """The byte addresses of every element, of each `unit` bytes of it."""
-    offsets = torch.zeros((), dtype=torch.int64)
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for stride, size in _steps(x):
-        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
+        offsets = offsets.unsqueeze(-1) + torch.arange(size, device="cpu") * stride
     begins = x.data_ptr() + offsets.flatten() * x.element_size()
     return (begins.unsqueeze(-1) + torch.arange(0, x.element_size(), unit)).flatten()

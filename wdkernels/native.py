@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wdkernels import layouts
 from wdkernels.coefficients import Hyper
 from wdkernels.plan import Parameter, Weights
 
@@ -26,6 +27,8 @@ def refuses(tensors: Sequence[Tensor]) -> str | None:
     if _missing:
         return _missing
     for x in tensors:
+        if not layouts.has_memory(x):
+            return f"a {type(x).__name__} has no memory of its own"
         if x.device.type != "cpu":
             return f"it has no kernels for {x.device.type} tensors"
         if x.dtype not in _DTYPES:

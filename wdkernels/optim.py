@@ -14,7 +14,7 @@ Each class below says where its decay enters. All of them take, like torch.optim
     maximize     ascent: g is negated first
     capturable   for CUDA graphs
     anchor       what weights decay to: "zero"; "initial", their values at construction; or a list
-                 of tensors, one for each parameter of the group (L2-SP, arXiv 1802.01483)
+                 of tensors, one for each parameter of the group, copied (L2-SP, arXiv 1802.01483)
     decay_schedule   plain data from wdkernels.schedules, or None
     backend      "auto", "native", "triton" or "eager"; what can't be had is a ValueError
 
@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict
 import torch
 from torch import Tensor
 
-from wdkernels import checks, native, reference, triton_backend
+from wdkernels import checks, layouts, native, reference, triton_backend
 from wdkernels.coefficients import SENSELESS, Hyper, from_group
 from wdkernels.plan import Parameter, Plan
 from wdkernels.schedules import Schedule
@@ -118,12 +118,19 @@ class _Adam(torch.optim.Optimizer):
         for option in unknown:
             if reason := SENSELESS.get((self._method, option)):
                 raise ValueError(f"{option} makes no sense for {type(self).__name__}: {reason}")
+            if option in _TORCH_CHOICES:
+                raise TypeError(f"leave {option} out: every step is fused, `backend` says by what")
             raise TypeError(f"{type(self).__name__} has no option {option!r}")
         if backend not in _BACKENDS:
             known = ", ".join(map(repr, _BACKENDS))
             raise ValueError(f"unknown backend {backend!r}; there are {known}")
         self._backend = backend
         self._forget()
+        if not isinstance(params, (Tensor, dict)):
+            params = list(params)
+            heirs = [g for g in params if isinstance(g, dict) and "anchor" not in g]
+            if len(heirs) > 1 and not isinstance(anchor, str):
+                raise ValueError("a list of anchors belongs to one group: give each group its own")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -180,10 +187,16 @@ class _Adam(torch.optim.Optimizer):
         anchors: Iterable[Any] | None = None
         anchor = group["anchor"]
         if anchor == "initial":
-            anchors = (p.detach().clone() for p in params)
+            anchors = params
         elif isinstance(anchor, Iterable) and not isinstance(anchor, (str, Tensor)):
             anchors = list(anchor)
-            self._check_anchors(params, anchors, names, index)
+            if len(anchors) != len(params):
+                raise ValueError(
+                    f"group {index}: anchor holds {len(anchors)} tensors for {len(params)} "
+                    "parameters: give one for each, in the same order"
+                )
+            for p, a, name in zip(params, anchors, names, strict=True):
+                checks.check_anchor(p, a, name)
             group["anchor"] = "given"
         elif anchor != "zero":
             raise ValueError(
@@ -195,25 +208,9 @@ class _Adam(torch.optim.Optimizer):
             group["lr_max"] = hyper.lr_max
         if anchors is not None:
             for p, anchor in zip(params, anchors, strict=True):
-                self.state[p]["anchor"] = anchor.detach().resolve_conj().resolve_neg()
+                # A copy: the tensors may be live parameters.
+                self.state[p]["anchor"] = torch.empty_like(p).copy_(anchor.detach())
                 self._complete_state(p, hyper)
-
-    def _check_anchors(
-        self, params: Sequence[Tensor], anchors: Sequence[Any], names: Sequence[str], index: int
-    ) -> None:
-        if len(anchors) != len(params):
-            raise ValueError(
-                f"group {index}: anchor holds {len(anchors)} tensors for {len(params)} parameters: "
-                "give one for each, in the same order"
-            )
-        owners: dict[int, dict[Tensor, str]] = {}  # by storage
-        for i, group in enumerate(self.param_groups):
-            for k, p in enumerate(group["params"]):
-                storage = p.untyped_storage().data_ptr()
-                owners.setdefault(storage, {})[p] = checks.name_of(group, i, k)
-        for p, anchor, name in zip(params, anchors, names, strict=True):
-            storage = anchor.untyped_storage().data_ptr() if isinstance(anchor, Tensor) else 0
-            checks.check_anchor(p, anchor, name, owners.get(storage, {}))
 
     def _hyper(self, group: dict[str, Any], index: int) -> Hyper:
         try:
@@ -228,7 +225,7 @@ class _Adam(torch.optim.Optimizer):
 
     def _refresh_hypers(self) -> None:
         """Read the groups again; costs little where nothing has changed."""
-        if len(self._hypers) > len(self.param_groups):
+        if len(self._hypers) not in (0, len(self.param_groups)):
             self._forget()
         hypers: dict[int, Hyper] = {}
         seen: dict[int, Any] = {}
@@ -314,9 +311,10 @@ class _Adam(torch.optim.Optimizer):
             active = reference.Group(hyper, [], [], [])
             for k, p in enumerate(group["params"]):
                 name = checks.name_of(group, i, k)
-                params.append(p)
-                names.append(name)
                 checks.check_parameter(p, name)
+                if layouts.has_memory(p):
+                    params.append(p)
+                    names.append(name)
                 if p.grad is None:
                     continue
                 checks.check_gradient(p, name)
@@ -336,7 +334,9 @@ class _Adam(torch.optim.Optimizer):
         if "step" not in state:
             # As torch.optim: on the CPU, because the host reads it each step.
             wide = torch.get_default_dtype() == torch.float64
-            state["step"] = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
+            state["step"] = torch.zeros(
+                (), dtype=torch.float64 if wide else torch.float32, device="cpu"
+            )
         for key in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if hyper.amsgrad else [])):
             if key not in state:
                 state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -353,8 +353,9 @@ class _Adam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch.optim.Adam / AdamW.
 
-        Tensors are copied. What the state dict does not know (the anchor, the schedule and other
-        options of a group) stays as it is. ValueError, with nothing changed, if it does not fit.
+        Tensors are copied. A group's options come from the state dict; those it does not know (a
+        torch optimizer's knows neither anchor nor schedule) stay as they are. ValueError, with
+        nothing changed, if it does not fit.
         """
         if not isinstance(state_dict, dict):
             raise ValueError(f"{_NO_STATE_DICT}; it is a {type(state_dict).__name__}")
@@ -544,7 +545,7 @@ class AdamSWD(AdamW):
              of all parameters, in all groups, that have a gradient; V = 0 means no decay
 
     d_t and the arguments are AdamW's; lr multiplies the decay. The state also holds sum(v), as
-    `exp_avg_sq_sum` in float64.
+    `exp_avg_sq_sum` in float64: delete it if you edit `exp_avg_sq`, and it is taken anew.
 
     Source: Xie et al., NeurIPS 2023, arXiv 2011.11152 (there "AdamS").
     """

@@ -137,7 +137,7 @@ def validate(schedule: object) -> None:
 
 def _check_count(schedule: Schedule, key: str, at_least: int) -> None:
     value = schedule[key]
-    if type(value) is not int or value < at_least:
+    if type(value) is not int or not at_least <= value <= 2**53:  # exact as a float
         raise ValueError(
             f"{key!r} of decay schedule {schedule['kind']!r} must be an int >= {at_least}, "
             f"not {value!r} of type {_name(value)}"

@@ -72,12 +72,12 @@ class Element(NamedTuple):
     a: Any
 
 
-class ProjectionSums(NamedTuple):
-    """Selective Projection Decay's sums over a tensor, or what each element adds to them."""
+class ProjectionTerms(NamedTuple):
+    """What Selective Projection Decay sums over a tensor: the terms of a chunk, or float64 sums."""
 
-    alignment: Any  # sum g (w - a) = -c
-    distance2: Any  # |w~ - a|^2
-    growth2: Any  # |w~ - a|^2 - |w - a|^2
+    alignment: Any  # g (w - a); its sum is -c
+    distance2: Any  # (w~ - a)^2
+    growth2: Any  # (w~ - a)^2 - (w - a)^2
 
 
 @triton.jit
@@ -96,9 +96,9 @@ def lerp(a, b, weight):
 
 
 @triton.jit
-def second_moment(v, g2, weight):
-    mean = lerp(v, g2, weight)
-    return tl.where(mean == mean, mean, v + g2)
+def second_moment(v, g, weight):
+    mean = lerp(v, g * g, weight)
+    return tl.where(mean - mean == 0, mean, (1 - weight) * v + (weight * g) * g)
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def update(x, c, amsgrad, cautious, decay: tl.constexpr):
         g = g + c.decay * d  # penalty into the gradient
 
     m = lerp(x.m, g, c.one_minus_beta1)  # first moment
-    v = second_moment(x.v, g * g, c.one_minus_beta2)
+    v = second_moment(x.v, g, c.one_minus_beta2)
     vmax = maximum(x.vmax, v)
 
     numerator = m
@@ -136,12 +136,12 @@ def update(x, c, amsgrad, cautious, decay: tl.constexpr):
 
 @triton.jit
 def projection_terms(w, g, a, stepped):
-    before = w.to(tl.float64) - a.to(tl.float64)
-    after = stepped.to(tl.float64) - a.to(tl.float64)
-    return ProjectionSums(
-        alignment=g.to(tl.float64) * before,
+    before = w - a
+    after = stepped - a
+    return ProjectionTerms(
+        alignment=g * before,
         distance2=after * after,
-        growth2=(stepped.to(tl.float64) - w.to(tl.float64)) * (after + before),
+        growth2=(stepped - w) * (after + before),
     )
 
 
@@ -287,13 +287,13 @@ def update_block(
 
     if decay == "projection":
         terms = projection_terms(x.w, c.sign * x.g, x.a, y.w)
-        sums = ProjectionSums(
-            alignment=tl.sum(tl.where(here, terms.alignment, 0.0)),
-            distance2=tl.sum(tl.where(here, terms.distance2, 0.0)),
-            growth2=tl.sum(tl.where(here, terms.growth2, 0.0)),
+        sums = ProjectionTerms(
+            alignment=tl.sum(tl.where(here, terms.alignment, 0.0).to(tl.float64)),
+            distance2=tl.sum(tl.where(here, terms.distance2, 0.0).to(tl.float64)),
+            growth2=tl.sum(tl.where(here, terms.growth2, 0.0).to(tl.float64)),
         )
     else:
-        sums = ProjectionSums(alignment=0.0, distance2=0.0, growth2=0.0)
+        sums = ProjectionTerms(alignment=0.0, distance2=0.0, growth2=0.0)
     return sums
 
 
@@ -353,7 +353,7 @@ def square_terms(
         amsgrad = p.vmax != 0
         v = tl.load(stream(p.v, begin, T, CHUNK, WHOLE), here & amsgrad, 0.0)
         vmax = tl.load(stream(p.vmax, begin, T, CHUNK, WHOLE), here & amsgrad, 0.0)
-        vmax = maximum(vmax, second_moment(v, g * g, one_minus_beta2))
+        vmax = maximum(vmax, second_moment(v, g, one_minus_beta2))
         terms = tl.where(amsgrad, tl.where(here, vmax.to(tl.float64), 0.0), terms)
     return terms
 
@@ -417,7 +417,7 @@ def select_kernel(dynamic, firsts, exact, partials, shrink):
     i = tl.program_id(0).to(tl.int64)
     begin = tl.load(firsts + i)
     end = tl.load(firsts + i + 1)
-    sums = ProjectionSums(
+    sums = ProjectionTerms(
         alignment=total(partials, begin, end, 3),
         distance2=total(partials + 1, begin, end, 3),
         growth2=total(partials + 2, begin, end, 3),
