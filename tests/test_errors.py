@@ -261,8 +261,10 @@ DECOUPLED_VALUES: list[tuple[str, Any, str]] = [
     ("decay_scale", None, "unknown decay_scale None"),
     ("cautious", 1, "cautious must be True or False"),
 ]
-METHODS_AND_VALUES = [(method, *each) for method in OPTIMIZERS for each in VALUES]
-METHODS_AND_VALUES += [(m, *each) for m in ("decoupled", "swd") for each in DECOUPLED_VALUES]
+# All of them on the optimizer that has every option, and one for each option on the others.
+METHODS_AND_VALUES = [("decoupled", *each) for each in (*VALUES, *DECOUPLED_VALUES)]
+ONE_EACH = {each[0]: each for each in VALUES}.values()
+METHODS_AND_VALUES += [(method, *each) for method in ("l2", "swd", "spd") for each in ONE_EACH]
 
 
 def disturbed(method: str, backend: str, damage: Break, error: type[Exception], match: str) -> None:

@@ -340,6 +340,29 @@ def test_same_bits_for_every_number_of_threads_and_every_run(variant: Variant) -
         assert_same_bits(run, runs[0])
 
 
+@needs_native
+@pytest.mark.usefixtures("restored")
+def test_spd_over_many_batches() -> None:
+    """SPD's second touch follows the step batch by batch, also of tensors larger than a batch."""
+    sizes = [300_000, 0, 1, 200_000, 100_000, 5, 262_144, 262_145, 70_000]
+    variant = Variant("spd", anchored=True)
+    params = [random(n, seed=n) for n in sizes]
+    reference = variant.reference(params)
+    train(reference, params, range(2))
+    expected = snapshot(reference, params)
+    runs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        params = [random(n, seed=n) for n in sizes]
+        optimizer = variant.build(params, "native")
+        train(optimizer, params, range(2))
+        runs.append(snapshot(optimizer, params))
+        assert_same_bits(runs[-1], runs[0])
+    # Sums of as many terms as a tensor has elements, each rounded; in double, and by either side.
+    for name, x in runs[0].items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-12, atol=1e-12)
+
+
 @every_backend
 @every_variant
 def test_same_bits_for_every_run(variant: Variant, backend: str) -> None:
