@@ -127,8 +127,9 @@ class _Adam(torch.optim.Optimizer):
         self._backend = backend
         self._forget()
         if not isinstance(params, (Tensor, dict)):
-            params = list(params)
-            heirs = [g for g in params if isinstance(g, dict) and "anchor" not in g]
+            entries: list[Any] = list(params)
+            params = entries
+            heirs = [each for each in entries if isinstance(each, dict) and "anchor" not in each]
             if len(heirs) > 1 and not isinstance(anchor, str):
                 raise ValueError("a list of anchors belongs to one group: give each group its own")
         defaults = {

@@ -63,7 +63,7 @@ def refuses(tensors: Sequence[Tensor]) -> str | None:
 @cache
 def _no_driver() -> str | None:
     """Why Triton cannot launch kernels here; it compiles its launcher when it is asked."""
-    import triton  # type: ignore[import-untyped]
+    import triton
 
     try:
         target = triton.runtime.driver.active.get_current_target()

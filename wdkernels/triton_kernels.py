@@ -26,8 +26,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
 from wdkernels.coefficients import Coefficients
 
