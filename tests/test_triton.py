@@ -184,7 +184,7 @@ def test_groups_mix_options(method: str) -> None:
     assert_close(actual, expected, 1e-12 if method in REDUCING else 0.0)
 
 
-@pytest.mark.parametrize("groups", [1, 20])
+@pytest.mark.parametrize("groups", [1, 10])
 @pytest.mark.parametrize(
     ("method", "launches"), [("l2", 1), ("unmixed", 1), ("decoupled", 1), ("swd", 4), ("spd", 3)]
 )
@@ -199,9 +199,9 @@ def test_launches_do_not_grow_with_tensors_and_groups(
         launch(self, kernel, *arguments, **constants)
 
     monkeypatch.setattr(triton_backend._TensorList, "_launch", counting)
-    params = [random(3, seed=i, dtype=torch.float32).to(DEVICE) for i in range(40)]
+    params = [random(3, seed=i, dtype=torch.float32).to(DEVICE) for i in range(20)]
     size = len(params) // groups
-    parts = [{"params": params[k : k + size], "eps": 0.1 + k} for k in range(0, 40, size)]
+    parts = [{"params": params[k : k + size], "eps": 0.1 + k} for k in range(0, 20, size)]
     optimizer = Variant(method).build(parts, "triton")
     train(optimizer, params, range(1))
     assert len(launched) == launches
@@ -417,7 +417,7 @@ def test_lr_and_weight_decay_are_read_at_every_step() -> None:
                 optimizer.param_groups[0].update(lr=lr, weight_decay=weight_decay)
             train(optimizer, params, range(t, t + 1))
         runs.append(on_cpu(snapshot(optimizer, params)))
-    assert_close(*runs, 1e-13)
+    assert_close(runs[1], runs[0], 1e-13)
 
 
 # ---- what can't be had ---------------------------------------------------------------------------
@@ -454,19 +454,27 @@ def test_an_explicit_choice_that_cannot_be_had_is_an_error(monkeypatch: pytest.M
 # ---- machine code --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with triton_compile.compilers(str(tmp_path_factory.mktemp("triton"))) as futures:
         yield lambda variant, target: futures[variant, target].result()
 
 
-every_kernel = pytest.mark.parametrize("variant", triton_compile.VARIANTS, ids=str)
-every_nvidia_gpu = pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.fixture(scope="module", autouse=True)
+def compile_meanwhile(request: pytest.FixtureRequest) -> None:
+    """Compilers take as long as the interpreter: let them begin with the first test."""
+    if any("code" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("code")
+
+
+def cases(make: str) -> pytest.MarkDecorator:
+    chosen = [case for case in triton_compile.CASES if case[1].startswith(make)]
+    return pytest.mark.parametrize(("variant", "target"), chosen, ids=str)
 
 
 def wide_accesses(variant: triton_compile.Variant) -> tuple[int, int]:
     """How many streams a whole chunk reads, and how many it writes."""
-    anchored, amsgrad = variant["ANCHORED"], variant["AMSGRAD"]
+    anchored, amsgrad = variant.has("ANCHORED"), variant.has("AMSGRAD")
     return {
         "update_kernel": (4 + anchored + amsgrad, 3 + amsgrad),
         "reduce_kernel": (1 + 2 * amsgrad, 0),
@@ -474,8 +482,7 @@ def wide_accesses(variant: triton_compile.Variant) -> tuple[int, int]:
     }.get(variant.kernel, (0, 0))
 
 
-@every_nvidia_gpu
-@every_kernel
+@cases("sm_")
 def test_ptx(variant: triton_compile.Variant, target: str, code: Any) -> None:
     ptx = code(variant, target)["asm"]
     kind, per_thread = ("v4.b32", 2) if variant.dtype == "fp32" else ("v2.b64", 4)
@@ -493,9 +500,9 @@ def test_ptx(variant: triton_compile.Variant, target: str, code: Any) -> None:
         assert f"div.rn.f{bits}" in ptx
 
 
-@every_kernel
-def test_code_for_amd(variant: triton_compile.Variant, code: Any) -> None:
-    compiled = code(variant, "gfx942")
+@cases("gfx")
+def test_code_for_amd(variant: triton_compile.Variant, target: str, code: Any) -> None:
+    compiled = code(variant, target)
     asm = compiled["asm"]
     loads, stores = wide_accesses(variant)
     if loads:

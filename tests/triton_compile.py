@@ -11,13 +11,13 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Any, NamedTuple
-
-TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+from typing import Any
 
 
-class Variant(NamedTuple):
+@dataclass(frozen=True)
+class Variant:
     """A kernel as it is launched: its name, the type of the elements, its constants."""
 
     kernel: str
@@ -28,8 +28,8 @@ class Variant(NamedTuple):
         chosen = [str(v) if isinstance(v, str) else k for k, v in self.constants if v]
         return "-".join([self.kernel, self.dtype, *chosen])
 
-    def __getitem__(self, name: Any) -> Any:
-        return dict(self.constants).get(name, False)
+    def has(self, name: str) -> bool:
+        return bool(dict(self.constants).get(name))
 
 
 def _variants() -> Iterator[Variant]:
@@ -51,12 +51,16 @@ def _variants() -> Iterator[Variant]:
 
 
 VARIANTS = list(_variants())
+# With all options or none: PTX hardly depends on the GPU, so one of each make has the rest.
+EXTREME = [v for v in VARIANTS if len({x for _, x in v.constants if isinstance(x, bool)}) < 2]
+CHOSEN = {"sm_80": EXTREME, "sm_90": VARIANTS, "sm_100": EXTREME, "gfx942": VARIANTS}
+CASES = [(variant, target) for target, variants in CHOSEN.items() for variant in variants]
 
 _TYPES = {
-    **dict.fromkeys(("tensors", "dynamic", "kept", "counters"), "*i64"),
-    **dict.fromkeys(("chunks", "spans", "firsts"), "*i32"),
+    **dict.fromkeys(("tensors", "gradients", "kept", "counters"), "*i64"),
+    **dict.fromkeys(("rows", "chunks", "spans", "firsts"), "*i32"),
     **dict.fromkeys(("exact", "partials", "means", "hypers"), "*fp64"),
-    **dict.fromkeys(("count", "rows"), "i32"),
+    **dict.fromkeys(("count", "length"), "i32"),
     "elements": "i64",
 }
 
@@ -65,11 +69,7 @@ _TYPES = {
 def compilers(cache: str) -> Iterator[dict[tuple[Variant, str], Future[dict[str, str]]]]:
     """Every variant for every target, being compiled."""
     with ProcessPoolExecutor(2, get_context("spawn"), _start, (cache,)) as pool:
-        yield {
-            (variant, target): pool.submit(_compiled, variant, target)
-            for target in TARGETS
-            for variant in VARIANTS
-        }
+        yield {case: pool.submit(_compiled, *case) for case in CASES}
         pool.shutdown(cancel_futures=True)
 
 
@@ -87,7 +87,7 @@ def _compiled(variant: Variant, target: str) -> dict[str, str]:
 
     kernel = getattr(triton_kernels, variant.kernel)
     constants = dict(variant.constants)
-    if variant.kernel == "update_kernel" and variant["decay"] != "projection":
+    if variant.kernel == "update_kernel" and constants["decay"] != "projection":
         constants["partials"] = None
     signature = {
         name: "constexpr" if name in constants else _TYPES.get(name, f"*{variant.dtype}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from operator import attrgetter, is_
@@ -17,12 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wdkernels import layouts
 from wdkernels.coefficients import (
     DECAY_SCALES,
-    Coefficients,
     Hyper,
     bias_correction2,
     coefficients,
@@ -35,7 +33,6 @@ _REALS = {
     torch.complex64: torch.float32,
     torch.complex128: torch.float64,
 }
-_is_wrapper: Callable[[Tensor], bool] = is_traceable_wrapper_subclass  # DTensor, for instance
 _COUNTERS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}  # a step, in place
 
 _STREAMS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor")  # behind the weight, as M to A
@@ -48,8 +45,8 @@ def refuses(tensors: Sequence[Tensor]) -> str | None:
     """Why this backend cannot update these tensors; None if it can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     for x in tensors:
-        if _is_wrapper(x):
-            return f"it takes plain tensors, no {type(x).__name__}"
+        if not layouts.has_memory(x):
+            return f"a {type(x).__name__} has no memory of its own"
         if x.device.type not in (("cpu",) if interpreted else ("cuda", "xpu")):
             where = "in Triton's interpreter " if interpreted else ""
             return f"{where}it has no kernels for {x.device.type} tensors"
@@ -100,7 +97,7 @@ class Plan:
         state: dict[Tensor, Any],
         param_groups: list[dict[str, Any]],
     ) -> None:
-        self._parameters = parameters
+        self._all = [p.tensor for p in parameters]
         self._hypers = list(hypers)
         self._weights = Weights(parameters)
         self._states = list(state.values())  # held, so that no other dict can take an id
@@ -114,7 +111,7 @@ class Plan:
                 self._members[position] = member
                 self._places += [(p.state, key) for key in member.streams]
                 self._streams += member.streams.values()
-        self._tensors = [parameters[i].tensor for i in self._members] + self._streams
+        self._tensors = [self._all[i] for i in self._members] + self._streams
         self._signature = _signature(self._tensors)
 
         # Of the parameters that have a gradient: by position, and in tables.
@@ -133,7 +130,8 @@ class Plan:
         """One optimizer step; False, with nothing done, if the plan is out of date."""
         if not self._unchanged(state, param_groups):
             return False
-        active = [i for i, p in enumerate(self._parameters) if p.tensor.grad is not None]
+        found = [tensor.grad for tensor in self._all]
+        active = [i for i, gradient in enumerate(found) if gradient is not None]
         if _capturing() and (active != self._active or any(h.live is None for h in self._hypers)):
             raise RuntimeError(
                 "a CUDA graph is being captured, which a step can only join with capturable=True, "
@@ -143,7 +141,7 @@ class Plan:
             if not self._members.keys() >= set(active):
                 return False
             self._build(active)
-        gradients = self._gradients()
+        gradients = self._in_order([gradient for gradient in found if gradient is not None])
 
         self._weights.load()
         addresses = [*map(Tensor.data_ptr, gradients)]
@@ -153,7 +151,7 @@ class Plan:
         for each in self._lists:
             each.advance()
         # Autograd must know, as of any in-place operation, that saved weights are out of date.
-        torch.autograd.graph.increment_version([self._parameters[i].tensor for i in active])
+        torch.autograd.graph.increment_version([self._all[i] for i in active])
         self._weights.store()
         return True
 
@@ -181,10 +179,8 @@ class Plan:
         self._maybe_lazy = [k for k, x in enumerate(weights) if x.is_complex() or x.numel() == 1]
         self._active = active
 
-    def _gradients(self) -> list[Tensor]:
+    def _in_order(self, gradients: list[Tensor]) -> list[Tensor]:
         """Every gradient, in the order of its weight: itself, or a copy of one that is not."""
-        found = [self._parameters[i].tensor.grad for i in self._active]
-        gradients = [g for g in found if g is not None]
         regular = (
             {torch.strided} >= {*map(attrgetter("layout"), gradients)}
             and _orders(gradients) == self._orders
@@ -292,6 +288,7 @@ class _TensorList:
         self._hypers = hypers
         self._device = device
         self._dtype = dtype
+        self._groups = [member.group for member in members]
         steps = [member.streams["step"] for member in members]
         # In place: reading and writing a tensor costs microseconds.
         self._steps = [_COUNTERS[x.dtype].from_address(x.data_ptr()) for x in steps]
@@ -325,17 +322,16 @@ class _TensorList:
 
     def prepare(self, gradients: Sequence[int]) -> None:
         """Send what changes from one step to the next: addresses and numbers."""
-        rows: dict[tuple[int, float], int] = {}
-        dynamic = []
-        for gradient, step, member in zip(gradients, self._steps, self._members, strict=True):
-            dynamic += [gradient, rows.setdefault((member.group, step.value + 1), len(rows))]
+        keys = [*zip(self._groups, [step.value + 1 for step in self._steps], strict=True)]
+        rows = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         numbers = [coefficients(self._hypers[group], t) for group, t in rows]
         exact = [
             (c.decay, c.one_minus_beta2, bias_correction2(self._hypers[group], t))
             for c, (group, t) in zip(numbers, rows, strict=True)
         ]
-        self._dynamic, self._exact, self._numbers = _sent(
-            torch.tensor(dynamic, dtype=torch.int64),
+        self._gradients, self._rows, self._exact, self._numbers = _sent(
+            torch.tensor(gradients, dtype=torch.int64),
+            torch.tensor([*map(rows.__getitem__, keys)], dtype=torch.int32),
             torch.tensor(exact, dtype=torch.float64),
             torch.tensor(numbers, dtype=self._dtype),
             device=self._device,
@@ -354,13 +350,13 @@ class _TensorList:
         self._launch(
             k.reduce_kernel,
             len(self._spans),
-            *(self._tensors, self._dynamic, self._spans, self._numbers, partials),
+            *(self._tensors, self._gradients, self._rows, self._spans, self._numbers, partials),
             AMSGRAD=self._constants["AMSGRAD"],
         )
         self._launch(
             k.fold_kernel,
             len(self._tensors),
-            *(self._dynamic, self._kept, self._firsts, self._exact, partials, self.means),
+            *(self._rows, self._kept, self._firsts, self._exact, partials, self.means),
         )
 
     def stabilise(self, means: Sequence[Tensor], elements: int) -> None:
@@ -380,7 +376,8 @@ class _TensorList:
         self._launch(
             _kernels().update_kernel,
             len(self._chunks),
-            *(self._tensors, self._dynamic, self._chunks, self._numbers, self._partials),
+            *(self._tensors, self._gradients, self._rows, self._chunks),
+            *(self._numbers, self._partials),
             **self._constants,
         )
 
@@ -391,12 +388,12 @@ class _TensorList:
         self._launch(
             k.select_kernel,
             len(self._tensors),
-            *(self._dynamic, self._firsts, self._exact, self._partials, shrink),
+            *(self._rows, self._firsts, self._exact, self._partials, shrink),
         )
         self._launch(
             k.pull_kernel,
             len(self._chunks),
-            *(self._tensors, self._dynamic, self._chunks, shrink),
+            *(self._tensors, self._gradients, self._rows, self._chunks, shrink),
             ANCHORED=self._constants["ANCHORED"],
         )
 
@@ -406,7 +403,7 @@ class _TensorList:
         if self._device.type == "cpu" or _capturing():
             return
         stream = torch.get_device_module(self._device).current_stream(self._device)
-        for table in [*self._tables, self._dynamic]:
+        for table in [*self._tables, self._gradients]:
             table.record_stream(stream)
 
     def _empty(self, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -432,10 +429,11 @@ class _CapturableList(_TensorList):
         super().__init__(*arguments)
         steps = [member.streams["step"] for member in self._members]
         counters = [
-            [step.data_ptr(), step.dtype == torch.float64, member.group]
-            for step, member in zip(steps, self._members, strict=True)
+            [step.data_ptr(), step.dtype == torch.float64, group]
+            for step, group in zip(steps, self._groups, strict=True)
         ]
-        (self._counters,) = _sent(torch.tensor(counters), device=self._device)
+        own_rows = torch.arange(len(counters), dtype=torch.int32)
+        self._counters, self._rows = _sent(torch.tensor(counters), own_rows, device=self._device)
         self._tables.append(self._counters)
         self._changing: list[Tensor] = []
         self._known: Any = None  # what stands there
@@ -443,29 +441,28 @@ class _CapturableList(_TensorList):
 
     def prepare(self, gradients: Sequence[int]) -> None:
         """Send addresses and hyper-parameters if they changed; the device does the rest."""
-        dynamic = [[gradient, row] for row, gradient in enumerate(gradients)]
         hypers = [*map(_hyper_words, self._hypers)]
-        tables = torch.tensor(dynamic, dtype=torch.int64), torch.tensor(hypers, dtype=torch.float64)
+        changing = torch.tensor(gradients), torch.tensor(hypers, dtype=torch.float64)
         if _capturing():
             # Copied by the graph at each replay: other steps may use other gradients meanwhile.
             staging, self._spare = self._spare, None
-            self._dynamic, numbers = _sent(*tables, device=self._device, staging=staging)
+            sent = _sent(*changing, device=self._device, staging=staging)
             _captured.append([staging, *self._tables])
         else:
-            if self._known != (dynamic, hypers):
-                self._changing = _sent(*tables, device=self._device)
-                self._known = dynamic, hypers
+            if self._known != (gradients, hypers):
+                self._changing = _sent(*changing, device=self._device)
+                self._known = gradients, hypers
             if self._spare is None:
-                self._spare = _staging(tables, self._device)
-            self._dynamic, numbers = self._changing
+                self._spare = _staging(changing, self._device)
+            sent = self._changing
+        self._gradients, numbers = sent
         for words, hyper in zip(numbers, self._hypers, strict=True):
             for key, x in (hyper.live or {}).items():
                 words[_LIVE[key]].copy_(x, non_blocking=True)
 
-        count = len(gradients)
-        self._numbers = self._empty(count * len(Coefficients._fields), self._dtype).view(count, -1)
-        self._exact = self._empty(count * 3)
-        k = _kernels()
+        k, count = _kernels(), len(gradients)
+        self._numbers = self._empty(count * k.NUMBERS.value, self._dtype).view(count, -1)
+        self._exact = self._empty(count * k.EXACT.value)
         self._launch(
             k.coefficients_kernel,
             -(-count // k.TENSORS.value),

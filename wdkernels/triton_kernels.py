@@ -4,7 +4,8 @@ Tensors reach a kernel by their addresses, so one launch takes all of them:
 
     tensors   int64, a row of TENSOR words each: W, M, V, VMAX, A (addresses; 0 where there is no
               such stream), NUMEL, CAUTIOUS (0 or 1)
-    dynamic   int64, a pair each: the address of the gradient, the row of its numbers
+    gradients int64, the addresses of the tensors' gradients
+    rows      int32, the tensors' rows in the next two tables
     pieces    int32, a pair for each program: a tensor, and which piece of it. A piece is a chunk
               (CHUNK elements) or, for the sums of SWD, a span of chunks
     numbers   a row of Coefficients for each group and step count, in the type of the elements
@@ -187,7 +188,7 @@ class Piece(NamedTuple):
 
 
 @triton.jit
-def piece_of(tensors, dynamic, pieces, SIZE: tl.constexpr):
+def piece_of(tensors, gradients, rows, pieces, SIZE: tl.constexpr):
     place = pieces + 2 * tl.program_id(0).to(tl.int64)
     tensor = tl.load(place).to(tl.int64)
     begin = tl.load(place + 1).to(tl.int64) * SIZE
@@ -197,7 +198,7 @@ def piece_of(tensors, dynamic, pieces, SIZE: tl.constexpr):
     v = tl.load(words + V)
     vmax = tl.load(words + VMAX)
     a = tl.load(words + A)
-    g = tl.load(dynamic + 2 * tensor)
+    g = tl.load(gradients + tensor)
     return Piece(
         w=w,
         g=g,
@@ -207,7 +208,7 @@ def piece_of(tensors, dynamic, pieces, SIZE: tl.constexpr):
         a=a,
         cautious=tl.load(words + CAUTIOUS) != 0,
         tensor=tensor,
-        row=tl.load(dynamic + 2 * tensor + 1),
+        row=tl.load(rows + tensor),
         begin=begin,
         size=tl.load(words + NUMEL) - begin,
         aligned=(w | g | m | v | vmax | a) % 16 == 0,
@@ -300,7 +301,8 @@ def update_block(
 @triton.jit
 def update_kernel(
     tensors,
-    dynamic,
+    gradients,
+    rows,
     chunks,
     numbers,
     partials,
@@ -313,7 +315,7 @@ def update_kernel(
 
     The constants in capitals say what some tensor of the launch has, its words what each has.
     """
-    p = piece_of(tensors, dynamic, chunks, CHUNK)
+    p = piece_of(tensors, gradients, rows, chunks, CHUNK)
     c = coefficients_of(numbers, p.row)
     alignment = tl.zeros([1], tl.float64)
     distance2 = tl.zeros([1], tl.float64)
@@ -359,10 +361,10 @@ def square_terms(
 
 
 @triton.jit
-def reduce_kernel(tensors, dynamic, spans, numbers, partials, AMSGRAD: tl.constexpr):
+def reduce_kernel(tensors, gradients, rows, spans, numbers, partials, AMSGRAD: tl.constexpr):
     """A span's part of the sums (partials, [spans])."""
     T: tl.constexpr = numbers.dtype.element_ty
-    p = piece_of(tensors, dynamic, spans, SPAN)
+    p = piece_of(tensors, gradients, rows, spans, SPAN)
     one_minus_beta2 = coefficients_of(numbers, p.row).one_minus_beta2
     sums = tl.zeros([CHUNK], tl.float64)
     if (p.size >= SPAN) & p.aligned:
@@ -384,11 +386,11 @@ def total(partials, begin, end, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def fold_kernel(dynamic, kept, firsts, exact, partials, means):
+def fold_kernel(rows, kept, firsts, exact, partials, means):
     """A tensor's part of V. sum(v) obeys the recurrence of v itself, so it is kept (addresses of
     its place in `kept`) and a sum over the gradient replaces one over v."""
     i = tl.program_id(0).to(tl.int64)
-    row = exact + tl.load(dynamic + 2 * i + 1) * EXACT
+    row = exact + tl.load(rows + i) * EXACT
     sums = total(partials, tl.load(firsts + i), tl.load(firsts + i + 1), 1)
     address = tl.load(kept + i)
     if address != 0:
@@ -398,21 +400,21 @@ def fold_kernel(dynamic, kept, firsts, exact, partials, means):
     tl.store(means + i, sums / tl.load(row + BIAS_CORRECTION2))
 
 
-@triton.jit(do_not_specialize=["count", "elements", "rows"])
-def stabilise_kernel(means, count, elements, exact, numbers, rows):
-    """V = sum(means) / elements, and with it the decay of every row of numbers."""
+@triton.jit(do_not_specialize=["count", "elements", "length"])
+def stabilise_kernel(means, count, elements, exact, numbers, length):
+    """V = sum(means) / elements, and with it the decay in each of `length` rows of numbers."""
     mean_square = total(means, 0, count, 1) / elements.to(tl.float64)
-    for first in range(0, rows, LANES):
+    for first in range(0, length, LANES):
         row = first + tl.arange(0, LANES)
-        decay = tl.load(exact + row * EXACT + LAMBDA, row < rows, 0.0)
-        tl.store(numbers + row * NUMBERS + DECAY, stable_decay(decay, mean_square), row < rows)
+        decay = tl.load(exact + row * EXACT + LAMBDA, row < length, 0.0)
+        tl.store(numbers + row * NUMBERS + DECAY, stable_decay(decay, mean_square), row < length)
 
 
 # ---- SPD: the second touch ---------------------------------------------------------------------
 
 
 @triton.jit
-def select_kernel(dynamic, firsts, exact, partials, shrink):
+def select_kernel(rows, firsts, exact, partials, shrink):
     """A tensor's lambda r."""
     i = tl.program_id(0).to(tl.int64)
     begin = tl.load(firsts + i)
@@ -422,7 +424,7 @@ def select_kernel(dynamic, firsts, exact, partials, shrink):
         distance2=total(partials + 1, begin, end, 3),
         growth2=total(partials + 2, begin, end, 3),
     )
-    lambda_t = tl.load(exact + tl.load(dynamic + 2 * i + 1) * EXACT + LAMBDA)
+    lambda_t = tl.load(exact + tl.load(rows + i) * EXACT + LAMBDA)
     tl.store(shrink + i, selected_decay(lambda_t, sums))
 
 
@@ -440,9 +442,9 @@ def pull_chunk(p, shrink, ANCHORED: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def pull_kernel(tensors, dynamic, chunks, shrink, ANCHORED: tl.constexpr):
+def pull_kernel(tensors, gradients, rows, chunks, shrink, ANCHORED: tl.constexpr):
     """The projection of a chunk, if its tensor was selected."""
-    p = piece_of(tensors, dynamic, chunks, CHUNK)
+    p = piece_of(tensors, gradients, rows, chunks, CHUNK)
     tensor_shrink = tl.load(shrink + p.tensor)
     if tensor_shrink != 0:
         if (p.size >= CHUNK) & p.aligned:
