@@ -37,10 +37,9 @@ def _variants() -> Iterator[Variant]:
     for dtype in ("fp32", "fp64"):
         for decay in ("l2", "unmixed", "decoupled", "projection"):
             yield Variant("coefficients_kernel", dtype, (("decay", decay),))
-            cautiously = flags if decay == "decoupled" else [False]
-            for values in itertools.product(flags, flags, cautiously):
-                names = ("ANCHORED", "AMSGRAD", "CAUTIOUSLY")
-                constants = (("decay", decay), *zip(names, values, strict=True))
+            options = ["ANCHORED", "AMSGRAD", *(["CAUTIOUSLY"] if decay == "decoupled" else [])]
+            for values in itertools.product(flags, repeat=len(options)):
+                constants = (("decay", decay), *zip(options, values, strict=True))
                 yield Variant("update_kernel", dtype, constants)
         for flag in flags:
             yield Variant("reduce_kernel", dtype, (("AMSGRAD", flag),))
@@ -87,8 +86,10 @@ def _compiled(variant: Variant, target: str) -> dict[str, str]:
 
     kernel = getattr(triton_kernels, variant.kernel)
     constants = dict(variant.constants)
-    if variant.kernel == "update_kernel" and constants["decay"] != "projection":
-        constants["partials"] = None
+    if variant.kernel == "update_kernel":
+        constants.setdefault("CAUTIOUSLY", False)
+        if constants["decay"] != "projection":
+            constants["partials"] = None
     signature = {
         name: "constexpr" if name in constants else _TYPES.get(name, f"*{variant.dtype}")
         for name in kernel.arg_names
