@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu.h"
+#include "cpu_step.h"
 #include "plan.h"
 
 namespace py = pybind11;

@@ -82,6 +82,12 @@ inline Coefficients<double> coefficients(const Hyper& h, double t) {
   return c;
 }
 
+// SWD: sum(v) after a step, from the one before and sum(g^2). What has overflowed stays inf, as v.
+inline double kept_sum(double kept, double squares, double one_minus_beta2) {
+  const double mean = lerp(kept, squares, one_minus_beta2);
+  return std::isnan(mean) ? kept + squares : mean;
+}
+
 // SWD: d / sqrt(V); nothing has been learnt of the gradient's scale while V = 0.
 inline double stable_decay(double decay, double mean_square) {
   return mean_square == 0 ? 0 : decay / std::sqrt(mean_square);

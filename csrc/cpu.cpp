@@ -251,14 +251,13 @@ void pull_chunk(const Work& work, int64_t index) {
 
 // SPD's decision over a tensor all of whose chunks have been updated.
 void select(const Work& work, int32_t index) {
-  const Tensor& tensor = work.tensors[index];
   ProjectionSums sums{};
-  for (int32_t k = tensor.first_chunk; k < tensor.last_chunk; ++k) {
+  for (int32_t k = work.first_chunks[index]; k < work.first_chunks[index + 1]; ++k) {
     sums.alignment += work.projections[k].alignment;
     sums.distance2 += work.projections[k].distance2;
     sums.growth2 += work.projections[k].growth2;
   }
-  work.shrink[index] = selected_decay(work.rows[tensor.row].numbers.decay, sums);
+  work.shrink[index] = selected_decay(work.rows[work.tensors[index].row].numbers.decay, sums);
 }
 
 void finish_item(const Work& work, const Item& item) {

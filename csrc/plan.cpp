@@ -4,28 +4,11 @@
 #include <stdexcept>
 #include <tuple>
 
-#include "cpu.h"
+#include "cpu_step.h"
 
 namespace wdk {
 
 namespace {
-
-// Elements of a batch of tensors: its w~ and a should still be in the last-level cache at the second
-// touch, when the 20 bytes of each element of two batches have passed through it.
-constexpr int64_t kBatch = 1 << 18;
-
-// Waking the other threads costs as much as this many elements.
-constexpr int64_t kParallel = 2 * kChunk;
-
-struct Chosen {
-  std::string name = instruction_sets().back();
-  CpuLoops loops = cpu_loops(name);
-};
-
-Chosen& chosen() {
-  static Chosen instance;
-  return instance;
-}
 
 // A step count or a sum: a 0-d tensor of the state.
 double read_number(const void* data, DType dtype) {
@@ -44,6 +27,17 @@ bool is_number(const DLTensor& view) {
   return view.device.device_type == dl::kCPU && numel(view) == 1 && dtype(view).has_value();
 }
 
+// Runs a function when a scope is left, by whichever way.
+template <class Function>
+class Finally {
+ public:
+  explicit Finally(Function function) : function_(std::move(function)) {}
+  ~Finally() { function_(); }
+
+ private:
+  Function function_;
+};
+
 Layout layout_of(const py::object& tensor) {
   DLTensor view;
   if (!read(tensor.ptr(), view) || view.device.device_type != dl::kCPU)
@@ -52,9 +46,6 @@ Layout layout_of(const py::object& tensor) {
 }
 
 }  // namespace
-
-void use_instruction_set(const std::string& name) { chosen() = {name, cpu_loops(name)}; }
-std::string instruction_set() { return chosen().name; }
 
 // ---- building ----------------------------------------------------------------------------------
 
@@ -68,7 +59,7 @@ const std::array<PyObject*, Plan::kSlots>& Plan::slot_names() {
 }
 
 Plan::Plan(py::dict state, py::list groups)
-    : state_(std::move(state)), groups_(std::move(groups)), hypers_(groups_.size()) {
+    : state_(std::move(state)), groups_(std::move(groups)), hypers_(groups_.size()), loops_(std::make_unique<CpuStep>()) {
   for (py::handle group : groups_)
     parameter_lists_.push_back(py::reinterpret_borrow<py::object>(group["params"]));
   for (auto entry : state_)
@@ -90,6 +81,8 @@ void Plan::add_parameter(py::object parameter, py::object weight, py::object sta
       DLTensor view;
       if (!read(tensor, view) || !(is_scalar(slot) ? is_number(view) : p.weight.same_order(view)))
         throw std::invalid_argument("state tensor in another layout than its parameter");
+      if (slot == kExpAvgSqSum && dtype(view) != DType::float64)
+        throw std::invalid_argument("a sum of v that is not in float64");
       p.stored[slot] = {py::reinterpret_borrow<py::object>(tensor), address(view), *dtype(view)};
     }
     const Hyper& h = hypers_.at(group);
@@ -213,76 +206,40 @@ void Plan::set_gradient(int32_t position, py::object gradient) {
   p.gradient = std::move(gradient);
 }
 
-// ---- tables ------------------------------------------------------------------------------------
+// ---- the step ----------------------------------------------------------------------------------
 
-// SPD's second touch of a batch stands behind the step of the next one: far enough for the step to
-// be done when its turn comes, near enough for the batch to be in cache.
-void Plan::build_tables() {
+void Plan::list_tensors() {
   tensors_.clear();
-  chunks_.clear();
-  items_.clear();
-  batches_.clear();
+  updated_ = py::list();
   bool projected = false;
-  int64_t item_elements = 0, batch_elements = 0;
-  size_t first_item = 0;    // of the batch that is being filled
-  std::vector<Item> touch;  // the second touch of the batch before it
-
-  const auto close_batch = [&] {
-    const int32_t first_tensor = batches_.empty() ? 0 : batches_.back().last_tensor;
-    batches_.push_back({first_tensor, static_cast<int32_t>(tensors_.size()),
-                        static_cast<int32_t>(items_.size() - first_item)});
-    // Last written, first read: of a large batch the caches hold the end.
-    std::vector<Item> reversed(items_.rbegin(), items_.rend() - first_item);
-    for (Item& item : reversed) item.second_touch = true;
-    items_.insert(items_.end(), touch.begin(), touch.end());
-    touch = std::move(reversed);
-    first_item = items_.size();
-    item_elements = batch_elements = 0;
-  };
-
   for (int32_t position : active_) {
     const Parameter& p = parameters_[position];
-    projected = hypers_[p.group].decay == Decay::projection;
-    const int64_t n = p.weight.elements();
-    if (projected && batch_elements > 0 && batch_elements + n > kBatch) close_batch();
-
-    const auto index = static_cast<int32_t>(tensors_.size());
-    const auto first_chunk = static_cast<int32_t>(chunks_.size());
-    for (int64_t begin = 0; begin < n; begin += kChunk) {
-      const int64_t size = std::min(kChunk, n - begin);
-      const auto chunk = static_cast<int32_t>(chunks_.size());
-      if (items_.size() == first_item || item_elements + size > kChunk) {
-        items_.push_back({chunk, chunk, static_cast<int32_t>(batches_.size()), false});
-        item_elements = 0;
-      }
-      items_.back().last_chunk = chunk + 1;
-      chunks_.push_back({index, static_cast<int32_t>(size), begin});
-      item_elements += size;
-    }
-    batch_elements += n;
-    tensors_.push_back({p.weight.data(), nullptr, p.stored[kExpAvg].data, p.stored[kExpAvgSq].data,
-                        p.stored[kMaxExpAvgSq].data, p.stored[kAnchor].data, n, p.weight.dtype(), 0,
-                        first_chunk, static_cast<int32_t>(chunks_.size())});
+    const Hyper& hyper = hypers_[p.group];
+    projected = hyper.decay == Decay::projection;
+    Tensor t{};
+    t.w = p.weight.data();
+    t.m = p.stored[kExpAvg].data;
+    t.v = p.stored[kExpAvgSq].data;
+    t.vmax = p.stored[kMaxExpAvgSq].data;
+    t.a = p.stored[kAnchor].data;
+    if (hyper.stable && !hyper.amsgrad) t.v_sum = static_cast<double*>(p.stored[kExpAvgSqSum].data);
+    t.numel = p.weight.elements();
+    t.dtype = p.weight.dtype();
+    tensors_.push_back(t);
+    updated_.append(p.object);
   }
-  if (projected) {
-    close_batch();
-    items_.insert(items_.end(), touch.begin(), touch.end());
-  }
-  pending_.resize(batches_.size());
-  sums_.resize(chunks_.size());
-  projections_.resize(chunks_.size());
-  shrink_.resize(tensors_.size());
+  loops_->plan(tensors_, projected);
+  listed_ = active_;
 }
 
-void Plan::build_rows() {
+void Plan::number_tensors() {
   rows_.clear();
   int32_t group = -1;
   double previous = -1;
   for (size_t i = 0; i < tensors_.size(); ++i) {
-    Parameter& p = parameters_[active_[i]];
+    const Parameter& p = parameters_[active_[i]];
     const Stored& step = p.stored[kStep];
     const double t = read_number(step.data, step.dtype) + 1;
-    write_number(step.data, step.dtype, t);
     if (p.group != group || t != previous) {
       const Hyper& hyper = hypers_[group = p.group];
       rows_.push_back({hyper, coefficients(hyper, previous = t), t});
@@ -292,67 +249,23 @@ void Plan::build_rows() {
   }
 }
 
-// SWD's V, from the chunks' sums. sum(v) obeys the recurrence of v itself, so that a sum over the
-// gradient replaces one over v; the maxima of amsgrad have none and were summed as they will be.
-void Plan::apply_mean_square() {
-  double total = 0;
-  int64_t elements = 0;
-  for (size_t i = 0; i < tensors_.size(); ++i) {
-    const Tensor& tensor = tensors_[i];
-    const Row& row = rows_[tensor.row];
-    double sum = 0;
-    for (int32_t k = tensor.first_chunk; k < tensor.last_chunk; ++k) sum += sums_[k];
-    if (!row.hyper.amsgrad) {
-      const Stored& stored = parameters_[active_[i]].stored[kExpAvgSqSum];
-      const double kept = read_number(stored.data, stored.dtype);
-      const double mean = lerp(kept, sum, 1 - row.hyper.beta2);
-      sum = std::isnan(mean) ? kept + sum : mean;  // inf stays inf, as v does
-      write_number(stored.data, stored.dtype, sum);
-    }
-    total += sum / row.hyper.bias_correction2(row.t);
-    elements += tensor.numel;
-  }
-  const double mean_square = elements ? total / static_cast<double>(elements) : 0;
-  for (Row& row : rows_) row.numbers.decay = stable_decay(row.numbers.decay, mean_square);
-}
-
 py::list Plan::step() {
   refuse_while_running();
-  if (active_ != planned_) {
-    build_tables();
-    planned_ = active_;
-    updated_ = py::list();
-    for (int32_t position : active_) updated_.append(parameters_[position].object);
-  }
   running_ = true;
+  const Finally finally([this] {
+    running_ = false;
+    for (int32_t position : active_) parameters_[position].gradient = py::none();
+  });
+  if (active_ != listed_) list_tensors();
   if (!tensors_.empty()) {
-    py::gil_scoped_release release;
-    build_rows();
-    int64_t elements = 0;
-    for (const Tensor& tensor : tensors_) elements += tensor.numel;
-    for (size_t i = 0; i < batches_.size(); ++i) pending_[i] = batches_[i].n_items + 1;
-    Work work{};
-    work.tensors = tensors_.data();
-    work.chunks = chunks_.data();
-    work.items = items_.data();
-    work.batches = batches_.data();
-    work.pending = batches_.empty() ? nullptr : pending_.data();
-    work.rows = rows_.data();
-    work.n_items = static_cast<int32_t>(items_.size());
-    work.parallel = elements > kParallel;
-    work.sums = sums_.data();
-    work.projections = projections_.data();
-    work.shrink = shrink_.data();
-    const CpuLoops& loops = chosen().loops;
-    if (rows_.front().hyper.stable) {
-      loops.reduce(work);
-      apply_mean_square();
+    const py::gil_scoped_release release;
+    number_tensors();
+    loops_->run(tensors_, rows_);
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const Stored& step = parameters_[active_[i]].stored[kStep];
+      write_number(step.data, step.dtype, rows_[tensors_[i].row].t);
     }
-    loops.update(work);
   }
-  running_ = false;
-  for (int32_t position : active_) parameters_[position].gradient = py::none();
   return updated_;
 }
-
 }  // namespace wdk

@@ -2,14 +2,15 @@
 //
 // Built once per set of parameters (wdkernels/native.py) and checked each step: `gather` looks at
 // every tensor again and copies only what may change, the gradients' addresses. It knows Python
-// objects and tables, no loops.
+// objects and addresses, neither chunks nor loops.
 #pragma once
 
 #include <array>
+#include <memory>
 #include <vector>
 
+#include "step.h"
 #include "tensor.h"
-#include "work.h"
 
 namespace wdk {
 
@@ -68,9 +69,8 @@ class Plan {
 
   void refuse_while_running() const;
   bool same_objects(const py::dict& state, const py::list& groups) const;
-  void build_tables();
-  void build_rows();
-  void apply_mean_square();
+  void list_tensors();
+  void number_tensors();
 
   bool running_ = false;  // a step in another thread, which has released the GIL
   py::dict state_;
@@ -80,21 +80,12 @@ class Plan {
   std::vector<Hyper> hypers_;
   std::vector<Parameter> parameters_;
 
-  std::vector<int32_t> active_, planned_;  // positions of parameters that have a gradient: now,
-                                           // and when the tables below were built
+  std::vector<int32_t> active_, listed_;  // positions of parameters that have a gradient: now, and
+                                          // when the tensors were listed
   py::list updated_;
   std::vector<Tensor> tensors_;
-  std::vector<Chunk> chunks_;
-  std::vector<Item> items_;
-  std::vector<Batch> batches_;
-  std::vector<int32_t> pending_;
   std::vector<Row> rows_;
-  std::vector<double> sums_, shrink_;
-  std::vector<ProjectionSums> projections_;
+  std::unique_ptr<Step> loops_;
 };
-
-// The CPU's instruction set for all plans of this process.
-void use_instruction_set(const std::string& name);
-std::string instruction_set();
 
 }  // namespace wdk

@@ -26,10 +26,10 @@ struct Tensor {
   void* v;
   void* vmax;     // amsgrad only
   const void* a;  // anchor; only if there is one
+  double* v_sum;  // SWD without amsgrad: the sum of v, kept up
   int64_t numel;
   DType dtype;
   int32_t row;
-  int32_t first_chunk, last_chunk;
 };
 
 struct Chunk {
@@ -45,7 +45,7 @@ struct Item {
   bool second_touch;  // of SPD, once the whole batch has been updated
 };
 
-// Tensors of SPD whose second touch comes soon after the step, while they are in cache.
+// Tensors that SPD decides over together: none of them is pulled before all have been updated.
 struct Batch {
   int32_t first_tensor, last_tensor;
   int32_t n_items;
@@ -54,6 +54,7 @@ struct Batch {
 struct Work {
   const Tensor* tensors;
   const Chunk* chunks;
+  const int32_t* first_chunks;  // of each tensor, and behind them the number of chunks
   const Item* items;
   const Batch* batches;
   int32_t* pending;  // per batch: items whose step is not done, and 1 for the selection

@@ -133,6 +133,11 @@ def check_live_state(p: Tensor, state: Mapping[str, Any], hyper: Hyper, name: st
         raise RuntimeError(
             f"step of {name} must be a floating-point tensor of one number, not {state['step']!r}"
         )
+    if "exp_avg_sq_sum" in state and state["exp_avg_sq_sum"].dtype != torch.float64:
+        raise RuntimeError(
+            f"exp_avg_sq_sum of {name} must be float64, not {state['exp_avg_sq_sum'].dtype}: "
+            "delete it, and it is taken anew"
+        )
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor"):
         if key in state:
             _check_alike(state[key], p, f"{key} of {name}", RuntimeError)

@@ -1,0 +1,21 @@
+// One optimizer step over a list of tensors, by the loops of one kind of device.
+#pragma once
+
+#include <vector>
+
+#include "work.h"
+
+namespace wdk {
+
+class Step {
+ public:
+  virtual ~Step() = default;
+
+  // Another list of tensors, all of one method; their gradients and rows are still to come.
+  virtual void plan(const std::vector<Tensor>& tensors, bool projected) = 0;
+
+  // Called without the GIL. Whatever it throws, it throws before it writes.
+  virtual void run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows) = 0;
+};
+
+}  // namespace wdk
