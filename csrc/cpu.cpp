@@ -22,9 +22,6 @@ constexpr int kLanes = 16;
 // Terms that are added in their own type before they are added in double.
 constexpr int kRun = 16;
 
-// A piece that stays in the L1 cache while several loops pass over it (6 x 4 KiB).
-constexpr int64_t kTile = 1024;
-
 template <class T>
 Coefficients<T> rounded(const Coefficients<double>& c) {
   return {T(c.sign), T(c.one_minus_beta1), T(c.one_minus_beta2), T(c.step_size), T(c.eps),
@@ -47,20 +44,12 @@ struct Streams {
         v(static_cast<T*>(t.v) + begin),
         vmax(t.vmax ? static_cast<T*>(t.vmax) + begin : nullptr),
         a(t.a ? static_cast<const T*>(t.a) + begin : nullptr) {}
-
-  void advance(int64_t n) {
-    w += n, g += n, m += n, v += n;
-    if (vmax) vmax += n;
-    if (a) a += n;
-  }
 };
 
 // ---- elementwise -------------------------------------------------------------------------------
 
-// `before` takes the old weights, where someone needs them after the step (SPD).
 template <Decay decay, bool anchored, bool amsgrad, bool cautious, class T>
-void step(const Streams<T>& s, int64_t n, const Coefficients<T>& coefficients,
-          T* __restrict before = nullptr) {
+void step(const Streams<T>& s, int64_t n, const Coefficients<T>& coefficients) {
   const Coefficients<T> c = coefficients;  // a copy no store can alias
   T* __restrict w = s.w;
   const T* __restrict g = s.g;
@@ -70,7 +59,6 @@ void step(const Streams<T>& s, int64_t n, const Coefficients<T>& coefficients,
   const T* __restrict a = s.a;
   for (int64_t i = 0; i < n; ++i) {
     Element<T> x{w[i], g[i], m[i], v[i], amsgrad ? vmax[i] : T(0), anchored ? a[i] : T(0)};
-    if (decay == Decay::projection) before[i] = x.w;
     update<decay, anchored, amsgrad, cautious>(x, c);
     w[i] = x.w;
     m[i] = x.m;
@@ -88,9 +76,10 @@ void pull(const Streams<T>& s, int64_t n, T shrink) {
 
 // ---- sums over elements ------------------------------------------------------------------------
 
-// N sums in kLanes accumulators each; term(i, terms) gives what element i adds to them, in T. Runs
-// of kRun terms are added in T before they are added in double: for float that halves the cost,
-// and a run's rounding is no larger than that of its terms.
+// N sums in kLanes accumulators each; term(i, terms) gives what element i adds to them, in T, and may
+// write element i of its streams, which do not overlap. Runs of kRun terms are added in T before
+// they are added in double: for float that halves the cost, and a run's rounding is no larger than
+// that of its terms.
 template <class T, int N>
 struct Sums {
   double lanes[N][kLanes] = {};
@@ -111,6 +100,7 @@ struct Sums {
   WDK_INLINE void add_run(int64_t begin, const Term& term) {
     T run[N][kLanes] = {};
     for (int64_t i = begin; i < begin + size * kLanes; i += kLanes)
+#pragma GCC ivdep
       for (int lane = 0; lane < kLanes; ++lane) {
         T terms[N];
         term(i + lane, terms);
@@ -147,27 +137,24 @@ double sum_of_maxima(const Streams<T>& s, int64_t n, T one_minus_beta2) {
   return sums.total(0);
 }
 
-// The step of a chunk and its part of the projection's sums, tile by tile.
+// The step of a chunk and its part of the projection's sums.
 template <bool anchored, bool amsgrad, class T>
-ProjectionSums step_and_sum(Streams<T> s, int64_t n, const Coefficients<T>& c) {
-  T before[kTile];
+ProjectionSums step_and_sum(const Streams<T>& s, int64_t n, const Coefficients<T>& c) {
   Sums<T, 3> sums;
-  for (int64_t size; n > 0; n -= size, s.advance(size)) {
-    size = n < kTile ? n : kTile;
-    step<Decay::projection, anchored, amsgrad, false>(s, size, c, before);
-
-    const T* __restrict w = s.w;
-    const T* __restrict g = s.g;
-    const T* __restrict a = s.a;
-    const T sign = c.sign;
-    sums.add(size, [&before, w, g, a, sign](int64_t i, T* terms) {
-      const ProjectionTerms<T> p =
-          projection_terms<anchored>(before[i], sign * g[i], anchored ? a[i] : T(0), w[i]);
-      terms[0] = p.alignment;
-      terms[1] = p.distance2;
-      terms[2] = p.growth2;
-    });
-  }
+  sums.add(n, [s, c](int64_t i, T* terms) {
+    Element<T> x{
+        s.w[i], s.g[i], s.m[i], s.v[i], amsgrad ? s.vmax[i] : T(0), anchored ? s.a[i] : T(0)};
+    const T before = x.w;
+    update<Decay::projection, anchored, amsgrad, false>(x, c);
+    s.w[i] = x.w;
+    s.m[i] = x.m;
+    s.v[i] = x.v;
+    if (amsgrad) s.vmax[i] = x.vmax;
+    const ProjectionTerms<T> p = projection_terms<anchored>(before, c.sign * x.g, x.a, x.w);
+    terms[0] = p.alignment;
+    terms[1] = p.distance2;
+    terms[2] = p.growth2;
+  });
   return {sums.total(0), sums.total(1), sums.total(2)};
 }
 

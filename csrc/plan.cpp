@@ -59,7 +59,10 @@ const std::array<PyObject*, Plan::kSlots>& Plan::slot_names() {
 }
 
 Plan::Plan(py::dict state, py::list groups)
-    : state_(std::move(state)), groups_(std::move(groups)), hypers_(groups_.size()), loops_(std::make_unique<CpuStep>()) {
+    : state_(std::move(state)),
+      groups_(std::move(groups)),
+      hypers_(groups_.size()),
+      loops_(std::make_unique<CpuStep>()) {
   for (py::handle group : groups_)
     parameter_lists_.push_back(py::reinterpret_borrow<py::object>(group["params"]));
   for (auto entry : state_)
