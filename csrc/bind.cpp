@@ -53,9 +53,17 @@ PYBIND11_MODULE(_C, m) {
                        bool maximize, double lr, double lr_max, double beta1, double beta2,
                        double eps, double weight_decay, DecayScale decay_scale, Schedule first,
                        Schedule second) {
-             return Hyper{decay,    stable,       anchored,    amsgrad,        cautious,
-                          maximize, lr,           lr_max,      beta1,          beta2,
-                          eps,      weight_decay, decay_scale, {first, second}};
+             return Hyper{{decay, anchored, amsgrad, cautious},
+                          stable,
+                          maximize,
+                          lr,
+                          lr_max,
+                          beta1,
+                          beta2,
+                          eps,
+                          weight_decay,
+                          decay_scale,
+                          {first, second}};
            }),
            py::kw_only(), py::arg("decay"), py::arg("stable"), py::arg("anchored"),
            py::arg("amsgrad"), py::arg("cautious"), py::arg("maximize"), py::arg("lr"),

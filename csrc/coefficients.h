@@ -18,7 +18,7 @@ struct Schedule {
   double steps = 1;  // linear, cosine
 };
 
-inline double factor(const Schedule& s, double t) {
+WDK_INLINE double factor(const Schedule& s, double t) {
   const double progress = std::fmin((t - 1) / s.steps, 1);
   double share = 1 - progress;  // of the start value; of the difference, the end would be inexact
   switch (s.kind) {
@@ -44,11 +44,8 @@ enum class DecayScale {
 
 // One param group, as validated by wdkernels/coefficients.py.
 struct Hyper {
-  Decay decay = Decay::decoupled;
+  Variant is;
   bool stable = false;  // SWD: the decay is divided by sqrt(V)
-  bool anchored = false;
-  bool amsgrad = false;
-  bool cautious = false;
   bool maximize = false;
   double lr = 0;
   double lr_max = 0;
@@ -59,10 +56,10 @@ struct Hyper {
   DecayScale decay_scale = DecayScale::lr;
   Schedule schedule[2];  // their product
 
-  double bias_correction2(double t) const { return 1 - std::pow(beta2, t); }
+  WDK_INLINE double bias_correction2(double t) const { return 1 - std::pow(beta2, t); }
 };
 
-inline Coefficients<double> coefficients(const Hyper& h, double t) {
+WDK_INLINE Coefficients<double> coefficients(const Hyper& h, double t) {
   const double bias_correction1 = 1 - std::pow(h.beta1, t);
   const double root = std::sqrt(h.bias_correction2(t));
   const double lambda = h.weight_decay * factor(h.schedule[0], t) * factor(h.schedule[1], t);
@@ -74,8 +71,8 @@ inline Coefficients<double> coefficients(const Hyper& h, double t) {
   c.step_size = h.lr * root / bias_correction1;
   c.eps = h.eps * root;
   c.decay = lambda;
-  if (h.decay == Decay::unmixed) c.decay = lambda * bias_correction1;
-  if (h.decay == Decay::decoupled) {
+  if (h.is.decay == Decay::unmixed) c.decay = lambda * bias_correction1;
+  if (h.is.decay == Decay::decoupled) {
     const double relative = h.decay_scale == DecayScale::lr ? h.lr : h.lr / h.lr_max;
     c.decay = lambda * (h.decay_scale == DecayScale::corrected ? h.lr * relative : relative);
   }
@@ -83,18 +80,18 @@ inline Coefficients<double> coefficients(const Hyper& h, double t) {
 }
 
 // SWD: sum(v) after a step, from the one before and sum(g^2). What has overflowed stays inf, as v.
-inline double kept_sum(double kept, double squares, double one_minus_beta2) {
+WDK_INLINE double kept_sum(double kept, double squares, double one_minus_beta2) {
   const double mean = lerp(kept, squares, one_minus_beta2);
   return std::isnan(mean) ? kept + squares : mean;
 }
 
 // SWD: d / sqrt(V); nothing has been learnt of the gradient's scale while V = 0.
-inline double stable_decay(double decay, double mean_square) {
+WDK_INLINE double stable_decay(double decay, double mean_square) {
   return mean_square == 0 ? 0 : decay / std::sqrt(mean_square);
 }
 
 // SPD: lambda r of a tensor whose sums are known; 0 where it was not selected.
-inline double selected_decay(double lambda, const ProjectionSums& sums) {
+WDK_INLINE double selected_decay(double lambda, const ProjectionSums& sums) {
   const bool selected = sums.alignment > 0;  // c < 0
   if (!selected || sums.distance2 == 0) return 0;
   const double after = std::sqrt(sums.distance2);

@@ -50,6 +50,7 @@ struct Streams {
 
 template <Decay decay, bool anchored, bool amsgrad, bool cautious, class T>
 void step(const Streams<T>& s, int64_t n, const Coefficients<T>& coefficients) {
+  constexpr Variant is{decay, anchored, amsgrad, cautious};
   const Coefficients<T> c = coefficients;  // a copy no store can alias
   T* __restrict w = s.w;
   const T* __restrict g = s.g;
@@ -59,7 +60,7 @@ void step(const Streams<T>& s, int64_t n, const Coefficients<T>& coefficients) {
   const T* __restrict a = s.a;
   for (int64_t i = 0; i < n; ++i) {
     Element<T> x{w[i], g[i], m[i], v[i], amsgrad ? vmax[i] : T(0), anchored ? a[i] : T(0)};
-    update<decay, anchored, amsgrad, cautious>(x, c);
+    update(x, c, is);
     w[i] = x.w;
     m[i] = x.m;
     v[i] = x.v;
@@ -71,7 +72,7 @@ template <bool anchored, class T>
 void pull(const Streams<T>& s, int64_t n, T shrink) {
   T* __restrict w = s.w;
   const T* __restrict a = s.a;
-  for (int64_t i = 0; i < n; ++i) w[i] = project<anchored>(w[i], anchored ? a[i] : T(0), shrink);
+  for (int64_t i = 0; i < n; ++i) w[i] = project(w[i], anchored ? a[i] : T(0), shrink, anchored);
 }
 
 // ---- sums over elements ------------------------------------------------------------------------
@@ -140,17 +141,18 @@ double sum_of_maxima(const Streams<T>& s, int64_t n, T one_minus_beta2) {
 // The step of a chunk and its part of the projection's sums.
 template <bool anchored, bool amsgrad, class T>
 ProjectionSums step_and_sum(const Streams<T>& s, int64_t n, const Coefficients<T>& c) {
+  constexpr Variant is{Decay::projection, anchored, amsgrad, false};
   Sums<T, 3> sums;
   sums.add(n, [s, c](int64_t i, T* terms) {
     Element<T> x{
         s.w[i], s.g[i], s.m[i], s.v[i], amsgrad ? s.vmax[i] : T(0), anchored ? s.a[i] : T(0)};
     const T before = x.w;
-    update<Decay::projection, anchored, amsgrad, false>(x, c);
+    update(x, c, is);
     s.w[i] = x.w;
     s.m[i] = x.m;
     s.v[i] = x.v;
     if (amsgrad) s.vmax[i] = x.vmax;
-    const ProjectionTerms<T> p = projection_terms<anchored>(before, c.sign * x.g, x.a, x.w);
+    const ProjectionTerms<T> p = projection_terms(before, c.sign * x.g, x.a, x.w, anchored);
     terms[0] = p.alignment;
     terms[1] = p.distance2;
     terms[2] = p.growth2;
@@ -188,7 +190,7 @@ void reduce_chunk(const Work& work, int64_t index) {
   with_type(tensor.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Streams<T> s(tensor, chunk.begin);
-    work.sums[index] = row.hyper.amsgrad
+    work.sums[index] = row.hyper.is.amsgrad
                            ? sum_of_maxima(s, chunk.size, T(row.numbers.one_minus_beta2))
                            : sum_of_squares(s.g, chunk.size);
   });
@@ -203,17 +205,18 @@ void update_chunk(const Work& work, int64_t index) {
     const Streams<T> s(tensor, chunk.begin);
     const Coefficients<T> c = rounded<T>(row.numbers);
     const int64_t n = chunk.size;
-    with(row.hyper.anchored, [&](auto anchored_flag) {
-      with(row.hyper.amsgrad, [&](auto amsgrad_flag) {
+    with(row.hyper.is.anchored, [&](auto anchored_flag) {
+      with(row.hyper.is.amsgrad, [&](auto amsgrad_flag) {
         constexpr bool anchored = decltype(anchored_flag)::on;
         constexpr bool amsgrad = decltype(amsgrad_flag)::on;
-        switch (row.hyper.decay) {
+        switch (row.hyper.is.decay) {
           case Decay::l2:
             return step<Decay::l2, anchored, amsgrad, false>(s, n, c);
           case Decay::unmixed:
             return step<Decay::unmixed, anchored, amsgrad, false>(s, n, c);
           case Decay::decoupled:
-            if (row.hyper.cautious) return step<Decay::decoupled, anchored, amsgrad, true>(s, n, c);
+            if (row.hyper.is.cautious)
+              return step<Decay::decoupled, anchored, amsgrad, true>(s, n, c);
             return step<Decay::decoupled, anchored, amsgrad, false>(s, n, c);
           case Decay::projection:
             work.projections[index] = step_and_sum<anchored, amsgrad>(s, n, c);
@@ -231,7 +234,7 @@ void pull_chunk(const Work& work, int64_t index) {
   with_type(tensor.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Streams<T> s(tensor, chunk.begin);
-    with(work.rows[tensor.row].hyper.anchored,
+    with(work.rows[tensor.row].hyper.is.anchored,
          [&](auto anchored) { pull<decltype(anchored)::on>(s, chunk.size, T(shrink)); });
   });
 }

@@ -91,8 +91,8 @@ void Plan::add_parameter(py::object parameter, py::object weight, py::object sta
     const Hyper& h = hypers_.at(group);
     const auto missing = [&](Slot slot) { return !p.stored[slot].object; };
     if (missing(kStep) || missing(kExpAvg) || missing(kExpAvgSq) ||
-        (h.amsgrad && missing(kMaxExpAvgSq)) || (h.anchored && missing(kAnchor)) ||
-        (h.stable && !h.amsgrad && missing(kExpAvgSqSum)))
+        (h.is.amsgrad && missing(kMaxExpAvgSq)) || (h.is.anchored && missing(kAnchor)) ||
+        (h.stable && !h.is.amsgrad && missing(kExpAvgSqSum)))
       throw std::invalid_argument("incomplete state");
   }
   parameters_.push_back(std::move(p));
@@ -100,8 +100,9 @@ void Plan::add_parameter(py::object parameter, py::object weight, py::object sta
 
 void Plan::set_hyper(int32_t group, const Hyper& hyper) {
   Hyper& current = hypers_.at(group);
-  const bool same_streams = hyper.decay == current.decay && hyper.stable == current.stable &&
-                            hyper.amsgrad == current.amsgrad && hyper.anchored == current.anchored;
+  const bool same_streams = hyper.is.decay == current.is.decay && hyper.stable == current.stable &&
+                            hyper.is.amsgrad == current.is.amsgrad &&
+                            hyper.is.anchored == current.is.anchored;
   if (!same_streams && !parameters_.empty())
     throw std::logic_error("a group that reads other streams needs a new plan");
   current = hyper;
@@ -218,14 +219,15 @@ void Plan::list_tensors() {
   for (int32_t position : active_) {
     const Parameter& p = parameters_[position];
     const Hyper& hyper = hypers_[p.group];
-    projected = hyper.decay == Decay::projection;
+    projected = hyper.is.decay == Decay::projection;
     Tensor t{};
     t.w = p.weight.data();
     t.m = p.stored[kExpAvg].data;
     t.v = p.stored[kExpAvgSq].data;
     t.vmax = p.stored[kMaxExpAvgSq].data;
     t.a = p.stored[kAnchor].data;
-    if (hyper.stable && !hyper.amsgrad) t.v_sum = static_cast<double*>(p.stored[kExpAvgSqSum].data);
+    if (hyper.stable && !hyper.is.amsgrad)
+      t.v_sum = static_cast<double*>(p.stored[kExpAvgSqSum].data);
     t.numel = p.weight.elements();
     t.dtype = p.weight.dtype();
     tensors_.push_back(t);

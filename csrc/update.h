@@ -32,6 +32,15 @@ enum class Decay {
   projection,  // the weights, per tensor, after the step: SPD (arXiv 2411.01713)
 };
 
+// Which of the rule's terms there are. The CPU loops know it when they are compiled; on a GPU it is
+// the same for all threads of a block, and costs a branch that all of them take together.
+struct Variant {
+  Decay decay = Decay::decoupled;
+  bool anchored = false;
+  bool amsgrad = false;
+  bool cautious = false;
+};
+
 // The numbers of one parameter's step, computed in double and rounded once (coefficients.h).
 template <class T>
 struct Coefficients {
@@ -96,39 +105,39 @@ WDK_INLINE bool opposed(T u, T d) {
   return ((u > T(0)) & (d < T(0))) | ((u < T(0)) & (d > T(0)));
 }
 
-template <Decay decay, bool anchored, bool amsgrad, bool cautious, class T>
-WDK_INLINE void update(Element<T>& x, const Coefficients<T>& c) {
-  const T d = anchored ? x.w - x.a : x.w;
+template <class T>
+WDK_INLINE void update(Element<T>& x, const Coefficients<T>& c, Variant is) {
+  const T d = is.anchored ? x.w - x.a : x.w;
 
-  T g = c.sign * x.g;                           // ascent or descent
-  if (decay == Decay::l2) g = g + c.decay * d;  // penalty into the gradient
+  T g = c.sign * x.g;                              // ascent or descent
+  if (is.decay == Decay::l2) g = g + c.decay * d;  // penalty into the gradient
 
   x.m = lerp(x.m, g, c.one_minus_beta1);  // first moment
   x.v = second_moment(x.v, g, c.one_minus_beta2);
-  if (amsgrad) x.vmax = maximum(x.vmax, x.v);
+  if (is.amsgrad) x.vmax = maximum(x.vmax, x.v);
 
   T numerator = x.m;
-  if (decay == Decay::unmixed) numerator = numerator + c.decay * d;
-  T u = c.step_size * numerator / (square_root(amsgrad ? x.vmax : x.v) + c.eps);
+  if (is.decay == Decay::unmixed) numerator = numerator + c.decay * d;
+  T u = c.step_size * numerator / (square_root(is.amsgrad ? x.vmax : x.v) + c.eps);
 
-  if (decay == Decay::decoupled) {
+  if (is.decay == Decay::decoupled) {
     const T pull = c.decay * d;
-    u = cautious && opposed(u, d) ? u : pull + u;  // summed first: w is rounded once
+    u = is.cautious && opposed(u, d) ? u : pull + u;  // summed first: w is rounded once
   }
   x.w = x.w - u;
 }
 
 // w before and w~ after the step; g with its sign.
-template <bool anchored, class T>
-WDK_INLINE ProjectionTerms<T> projection_terms(T w, T g, T a, T stepped) {
+template <class T>
+WDK_INLINE ProjectionTerms<T> projection_terms(T w, T g, T a, T stepped, bool anchored) {
   const T before = anchored ? w - a : w;
   const T after = anchored ? stepped - a : stepped;
   return {g * before, after * after, (stepped - w) * (after + before)};
 }
 
 // w~ - shrink (w~ - a) of a tensor that SPD selected, shrink = lambda r.
-template <bool anchored, class T>
-WDK_INLINE T project(T w, T a, T shrink) {
+template <class T>
+WDK_INLINE T project(T w, T a, T shrink, bool anchored) {
   return w - shrink * (anchored ? w - a : w);
 }
 
