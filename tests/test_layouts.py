@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random as dice
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,7 @@ from variants import (
 )
 
 import wdkernels as wd
+from wdkernels.layouts import _runs, overlapping
 
 SHAPE = (2, 3, 4, 5)
 
@@ -479,6 +482,64 @@ def test_memory_shared_by_tensors_of_different_types() -> None:
     optimizer = wd.AdamW([z[::2], imaginary])
     with pytest.raises(RuntimeError, match="share memory"):
         train(optimizer, optimizer.param_groups[0]["params"], range(1))
+
+
+def test_tensors_overlap_if_they_share_a_byte() -> None:
+    """Against sets of bytes: slices of one buffer, in any order of dimensions, of any type."""
+
+    def slices(x: Tensor, seed: int) -> Tensor:
+        numbers = torch.randint(0, 12, (8,), generator=torch.Generator().manual_seed(seed)).tolist()
+        x = x.view(torch.float32 if numbers[0] % 2 else torch.complex64)
+        x = x[: numbers[1] + 1, numbers[2] % 4 :: numbers[3] % 3 + 1]
+        x = x[numbers[4] :: numbers[5] % 4 + 1]
+        return x.t() if numbers[6] % 2 else x.unfold(0, 1 + numbers[7] % 2, 1) if len(x) > 2 else x
+
+    def bytes_of(x: Tensor) -> list[int]:
+        places = itertools.product(*map(range, x.shape))
+        starts = [sum(i * s for i, s in zip(at, x.stride(), strict=True)) for at in places]
+        size = x.element_size()
+        return [x.data_ptr() + start * size + k for start in starts for k in range(size)]
+
+    buffer = torch.zeros(12, 10)
+    outcomes = set()
+    for seed in range(300):
+        tensors = [slices(buffer, 4 * seed + k) for k in range(2 + seed % 3)]
+        found = overlapping(tensors)
+        everything = [bytes_of(x) for x in tensors]
+        distinct = len(set().union(*everything))
+        assert (found is None) == (distinct == sum(map(len, everything)))
+        if found is not None:
+            i, k = found
+            together = everything[i] + (everything[k] if i != k else [])
+            assert len(set(together)) < len(together)
+        outcomes.add(found if found is None else found[0] == found[1])
+    assert outcomes == {None, False, True}
+
+
+def test_tensors_that_begin_within_an_element_of_another() -> None:
+    buffer = bytearray(40)
+    x = torch.frombuffer(buffer, dtype=torch.float32)
+    y = torch.frombuffer(buffer, dtype=torch.float32, offset=2, count=9)
+    assert overlapping([x[::2], y[1::2]]) == (0, 1)
+
+
+def test_many_slices_of_one_tensor_are_told_apart_at_once() -> None:
+    whole = torch.empty(1000, 1000)
+    columns = list(whole.unbind(1))
+    blocks = [whole[i : i + 10, j : j + 10] for i in range(0, 500, 10) for j in range(0, 500, 10)]
+    start = time.perf_counter()
+    assert overlapping(columns) is None
+    assert overlapping(blocks) is None
+    assert overlapping([*columns, whole[10:20, 7:8]]) == (7, 1000)
+    assert overlapping([*blocks, whole[499:501, 499:501]]) == (2499, 2500)
+    assert time.perf_counter() - start < 2
+
+
+def test_memory_is_looked_at_without_listing_elements() -> None:
+    """Neither those of a tensor that is one run, nor those of one that is expanded."""
+    assert overlapping([torch.ones(1).expand(10**9, 10**9)]) == (0, 0)
+    x = torch.empty(2, 2**34, device="meta")
+    assert _runs(x)[1] == 2**37
 
 
 def test_meta_tensors_share_no_memory() -> None:

@@ -7,7 +7,7 @@ parameter has the same order. Everything else passes through a copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,25 +43,47 @@ def has_memory(x: Tensor) -> bool:
 
 def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """Two positions whose tensors share an element; twice the same if one overlaps itself."""
-    for i, x in enumerate(tensors):
-        if not _may_overlap_itself(x):
-            continue
-        if len(torch.unique(_addresses(x, x.element_size()))) < x.numel():
-            return i, i
-
-    spans = sorted((*_span(x), i) for i, x in enumerate(tensors) if x.numel() > 0 and not x.is_meta)
-    reach: list[tuple[int, int]] = []  # (end, position) of the tensors that may still be met
-    for begin, end, i in spans:
-        reach = [other for other in reach if other[0] > begin]
-        for _, k in reach:
-            if is_dense(tensors[i]) and is_dense(tensors[k]):
-                return k, i
-            # Slices of one tensor may lie between each other without sharing an element.
-            unit = min(tensors[i].element_size(), tensors[k].element_size())
-            if torch.isin(_addresses(tensors[i], unit), _addresses(tensors[k], unit)).any():
-                return k, i
-        reach.append((end, i))
+    for cluster in _clusters(tensors):
+        if len(cluster) > 1 or _may_overlap_itself(tensors[cluster[0]]):
+            shared = _shared(tensors, cluster)
+            if shared is not None:
+                return shared
     return None
+
+
+def _clusters(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Positions of the tensors whose spans meet, directly or through others."""
+    spans = sorted((*_span(x), i) for i, x in enumerate(tensors) if x.numel() > 0 and not x.is_meta)
+    cluster: list[int] = []
+    reach = 0
+    for begin, end, i in spans:
+        if cluster and begin >= reach:
+            yield cluster
+            cluster = []
+        cluster.append(i)
+        reach = max(reach, end)
+    if cluster:
+        yield cluster
+
+
+def _shared(tensors: Sequence[Tensor], cluster: Sequence[int]) -> tuple[int, int] | None:
+    """Slices of one tensor may lie between each other: no run may begin before the last ended."""
+    for i in cluster:
+        begin, end = _span(tensors[i])
+        if tensors[i].numel() * tensors[i].element_size() > end - begin:  # expanded: as many runs
+            return i, i
+    runs = [_runs(tensors[i]) for i in cluster]
+    begins = torch.cat([begins for begins, _ in runs])
+    ends = torch.cat([begins + length for begins, length in runs])
+    order = begins.argsort()
+    met = (begins[order[1:]] < ends[order[:-1]]).nonzero()
+    if len(met) == 0:
+        return None
+    counts = torch.tensor([len(begins) for begins, _ in runs], device="cpu")
+    owners = torch.tensor(cluster, device="cpu").repeat_interleave(counts)
+    at = int(met[0])
+    first, second = sorted(owners[order[at : at + 2]].tolist())
+    return first, second
 
 
 def _steps(x: Tensor) -> list[tuple[int, int]]:
@@ -72,7 +94,7 @@ def _may_overlap_itself(x: Tensor) -> bool:
     reach = 0
     for stride, size in sorted(_steps(x)):
         if stride <= reach:
-            return x.numel() > 0
+            return True
         reach += stride * (size - 1)
     return False
 
@@ -83,10 +105,14 @@ def _span(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
-def _addresses(x: Tensor, unit: int) -> Tensor:
-    """The byte addresses of every element, of each `unit` bytes of it."""
-    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
-    for stride, size in _steps(x):
-        offsets = offsets.unsqueeze(-1) + torch.arange(size, device="cpu") * stride
-    begins = x.data_ptr() + offsets.flatten() * x.element_size()
-    return (begins.unsqueeze(-1) + torch.arange(0, x.element_size(), unit)).flatten()
+def _runs(x: Tensor) -> tuple[Tensor, int]:
+    """The addresses where runs of neighbouring elements begin, and the length of each in bytes."""
+    offsets = torch.zeros(1, dtype=torch.int64, device="cpu")
+    length = 1
+    for stride, size in sorted(_steps(x)):
+        if stride == length:
+            length *= size
+        else:
+            steps = torch.arange(size, device="cpu") * stride
+            offsets = (steps.unsqueeze(-1) + offsets).flatten()
+    return x.data_ptr() + offsets * x.element_size(), length * x.element_size()
