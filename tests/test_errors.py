@@ -25,7 +25,8 @@ from variants import (
 )
 
 import wdkernels as wd
-from wdkernels import schedules
+from wdkernels import checks, schedules
+from wdkernels.coefficients import from_group
 
 OPTIMIZERS = {"l2": wd.Adam, "decoupled": wd.AdamW, "swd": wd.AdamSWD, "spd": wd.AdamSPD}
 SHAPES = [(3, 4), (7,), (2, 2)]
@@ -217,10 +218,18 @@ STEPS: dict[str, tuple[Break, type[Exception], str]] = {
         RuntimeError,
         f"step of {LAST} must be a floating-point tensor",
     ),
-    "step that is NaN": (
-        in_state("step", torch.tensor(math.nan)),
-        ValueError,
-        f"{LAST} has step .*whole number",
+    **{
+        f"step that is {number}": (
+            in_state("step", torch.tensor(number)),
+            ValueError,
+            f"{LAST} has step .*whole number",
+        )
+        for number in (math.nan, -1.0, math.inf, 1.5)
+    },
+    "step on another device": (
+        in_state("step", torch.ones((), device="meta")),
+        RuntimeError,
+        f"step of {LAST} is on meta: move it to the CPU",
     ),
     "step of two numbers": (
         in_state("step", torch.ones(2)),
@@ -296,6 +305,20 @@ def test_a_step_validates_everything_before_it_writes_anything(
     method: str, damage: Break, error: type[Exception], match: str, backend: str
 ) -> None:
     disturbed(method, backend, damage, error, match)
+
+
+@every_backend
+def test_a_sum_of_swd_in_another_precision(backend: str) -> None:
+    match = f"exp_avg_sq_sum of {LAST} must be float64, not torch.float32: delete it"
+    disturbed("swd", backend, in_state("exp_avg_sq_sum", Tensor.float), RuntimeError, match)
+
+
+def test_a_step_count_on_a_device_is_not_read() -> None:
+    """Reading would wait for the device; a meta tensor has no number at all."""
+    p = torch.ones(2, device="meta")
+    state = {"step": p[0], "exp_avg": p, "exp_avg_sq": p}
+    group = wd.AdamW([p]).param_groups[0]
+    checks.check_live_state(p, state, from_group("decoupled", group), LAST)
 
 
 @every_backend
@@ -575,7 +598,41 @@ CORRUPT: dict[str, tuple[Damage, str]] = {
         with_group(params=[0, 1]),
         "group 0 of the state_dict has 2 parameters, this optimizer's has 3",
     ),
-    "no parameters": (with_group(params=...), "group 0 of the state_dict has 0 parameters"),
+    **{
+        f"parameters {params}": (
+            with_group(params=params),
+            "params of group 0 of the state_dict must be a list",
+        )
+        for params in (..., None, 3, "abc", {0: 0, 1: 1, 2: 2})
+    },
+    "a parameter twice": (
+        with_group(params=[0, 1, 1]),
+        "params of group 0 of the state_dict hold 1 a second time",
+    ),
+    "a parameter that is a list": (
+        with_group(params=[0, 1, [2]]),
+        r"params of group 0 of the state_dict hold \[2\]",
+    ),
+    "a state of no parameter": (
+        lambda saved: {**saved, "state": {**saved["state"], 7: saved["state"][2]}},
+        "the state_dict holds a state for 7, which is in no group's params",
+    ),
+    "too few names": (
+        with_group(param_names=["a", "b"]),
+        "param_names of group 0 of the state_dict must be a list of 3 strings",
+    ),
+    "names that are none": (
+        with_group(param_names=["a", "b", 3]),
+        "param_names of group 0 of the state_dict must be a list of 3 strings",
+    ),
+    "a name for all": (
+        with_group(param_names="abc"),
+        "param_names of group 0 of the state_dict must be a list of 3 strings",
+    ),
+    "an entry of NAdam": (
+        with_state(mu_product=torch.ones(())),
+        f"the state of {STATE_OF} has mu_product, which neither .* knows",
+    ),
     "no betas": (with_group(betas=...), "group 0 of the state_dict lacks betas"),
     "bad lr": (with_group(lr=-1.0), "group 0: lr must be"),
     "bad betas": (with_group(betas=(0.9, math.nan)), r"group 0: betas\[1\] must be"),
@@ -638,7 +695,45 @@ def test_a_corrupt_state_dict(method: str, damage: Damage, match: str, backend: 
 
 
 @every_backend
-@pytest.mark.parametrize("bad", [1.0, torch.ones(2), "1"], ids=str)
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_state_dict_with_the_names_of_one_group(index: int, backend: str) -> None:
+    params = weights()
+    optimizer = wd.AdamW([{"params": params[:1]}, {"params": params[1:]}], backend=backend)
+    bad = optimizer.state_dict()
+    bad["param_groups"][index]["param_names"] = ["a", "b"][: index + 1]
+    match = f"group {index} of the state_dict has param_names, another has none"
+    refuse(optimizer, params, lambda: optimizer.load_state_dict(bad), ValueError, match)
+
+
+@every_backend
+def test_a_state_dict_with_a_parameter_in_two_groups(backend: str) -> None:
+    params = weights()
+    optimizer = wd.AdamW([{"params": params[:1]}, {"params": params[1:]}], backend=backend)
+    bad = optimizer.state_dict()
+    bad["param_groups"][1]["params"] = [1, 0]
+    match = "params of group 1 of the state_dict hold 0 a second time"
+    refuse(optimizer, params, lambda: optimizer.load_state_dict(bad), ValueError, match)
+
+
+@every_backend
+@pytest.mark.parametrize("bad", [-1.0, math.nan, -math.inf], ids=str)
+def test_a_sum_of_swd_that_no_squares_have(bad: float, backend: str) -> None:
+    match = f"exp_avg_sq_sum of {STATE_OF} is {bad}: a sum of squares is >= 0"
+    damage = with_state(exp_avg_sq_sum=torch.tensor(bad, dtype=torch.float64))
+    refuse_checkpoint(Variant("swd"), backend, damage, match)
+
+
+def test_a_sum_of_swd_that_has_overflowed() -> None:
+    params = weights()
+    optimizer = wd.AdamSWD(params)
+    train(optimizer, params, range(3))
+    big = with_state(exp_avg_sq_sum=torch.tensor(math.inf, dtype=torch.float64))
+    optimizer.load_state_dict(big(optimizer.state_dict()))
+    assert optimizer.state[params[2]]["exp_avg_sq_sum"] == math.inf
+
+
+@every_backend
+@pytest.mark.parametrize("bad", [1.0, torch.ones(2), torch.ones(0), torch.tensor(1), "1"], ids=str)
 def test_a_corrupt_sum_of_swd(bad: Any, backend: str) -> None:
     match = f"exp_avg_sq_sum of {STATE_OF} must be a tensor of one number"
     refuse_checkpoint(Variant("swd"), backend, with_state(exp_avg_sq_sum=bad), match)
@@ -652,6 +747,7 @@ def test_a_corrupt_sum_of_swd(bad: Any, backend: str) -> None:
         (torch.optim.Adagrad, "group 0 of the state_dict lacks betas"),
         (torch.optim.RMSprop, "group 0 of the state_dict lacks betas"),
         (torch.optim.Adamax, "parameter 0 of group 0 lacks exp_avg_sq .*exp_inf"),
+        (torch.optim.NAdam, "the state of parameter 0 of group 0 has mu_product"),
     ],
 )
 @every_optimizer

@@ -16,6 +16,9 @@ from wdkernels.coefficients import Hyper
 
 State = dict[str, Any]
 
+ALIKE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor")  # entries shaped like the parameter
+_ENTRIES = ("step", *ALIKE, "exp_avg_sq_sum")
+
 
 def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
     """A parameter's name in messages: its own, if the optimizer was given named parameters."""
@@ -78,6 +81,40 @@ def check_anchor(p: Tensor, anchor: Any, name: str) -> None:
     _check_alike(anchor, p, f"the anchor of {name}", ValueError)
 
 
+def check_saved_groups(groups: Sequence[Any]) -> None:
+    """Which state belongs to which parameter must be beyond doubt."""
+    known: set[int | str] = set()
+    named = [isinstance(group, dict) and "param_names" in group for group in groups]
+    for i, group in enumerate(groups):
+        place = f"group {i} of the state_dict"
+        if not isinstance(group, dict):
+            raise ValueError(f"{place} must be a dict, not {group!r}")
+        params = group.get("params")
+        if not isinstance(params, list):
+            raise ValueError(f"params of {place} must be a list, not {params!r}")
+        for key in params:
+            if not isinstance(key, (int, str)):
+                raise ValueError(f"params of {place} hold {key!r}: it must be a parameter's number")
+            if key in known:
+                raise ValueError(f"params of {place} hold {key!r} a second time: it is damaged")
+            known.add(key)
+        if not named[i]:
+            continue
+        names = group["param_names"]
+        if not (
+            isinstance(names, list)
+            and len(names) == len(params)
+            and all(isinstance(name, str) for name in names)
+        ):
+            raise ValueError(
+                f"param_names of {place} must be a list of {len(params)} strings, not {names!r}"
+            )
+        if not all(named):
+            raise ValueError(
+                f"{place} has param_names, another has none: name the parameters of all or of none"
+            )
+
+
 def check_state(p: Tensor, state: Any, hyper: Hyper, name: str) -> None:
     """A state that holds moments must be a whole one; missing optional entries are made later."""
     if not isinstance(state, dict):
@@ -95,13 +132,12 @@ def check_state(p: Tensor, state: Any, hyper: Hyper, name: str) -> None:
                 f"{', '.join(map(str, state))}): it belongs to another kind of optimizer or is "
                 "damaged"
             )
-        _check_step(state["step"], name)
     if "exp_avg_sq_sum" in state and not _is_number(state["exp_avg_sq_sum"]):
         raise ValueError(
             f"exp_avg_sq_sum of {name} must be a tensor of one number, not "
             f"{state['exp_avg_sq_sum']!r}"
         )
-    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor"):
+    for key in ALIKE:
         if key not in state:
             continue
         if not isinstance(state[key], Tensor):
@@ -120,15 +156,32 @@ def check_state(p: Tensor, state: Any, hyper: Hyper, name: str) -> None:
             )
 
 
-def _check_step(step: Any, name: str) -> None:
-    number = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
-    if not (type(number) in (int, float) and number >= 0 and number % 1 == 0):
-        raise ValueError(f"the state of {name} has step {step!r}: it must be a whole number >= 0")
+def check_saved_state(p: Tensor, state: Any, hyper: Hyper, name: str) -> None:
+    """Of a state to be loaded, every number counts, and nothing may be left over."""
+    check_state(p, state, hyper, name)
+    if unknown := [str(key) for key in state if key not in _ENTRIES]:
+        raise ValueError(
+            f"the state of {name} has {', '.join(unknown)}, which neither Adam nor AdamW knows: it "
+            "belongs to another kind of optimizer"
+        )
+    if "step" in state:
+        _check_step(state["step"], name)
+    if "exp_avg_sq_sum" in state and not state["exp_avg_sq_sum"].item() >= 0:
+        raise ValueError(
+            f"exp_avg_sq_sum of {name} is {state['exp_avg_sq_sum'].item()}: a sum of squares is "
+            ">= 0; delete it, and it is taken anew"
+        )
 
 
 def check_live_state(p: Tensor, state: Mapping[str, Any], hyper: Hyper, name: str) -> None:
     """Of a state in use, the dtypes and devices count as well."""
     check_state(p, state, hyper, name)
+    step = state.get("step")
+    if isinstance(step, Tensor) and not step.is_cpu:  # to read it would be to wait for its device
+        if step.device.type != p.device.type:
+            raise RuntimeError(f"step of {name} is on {step.device}: move it to the CPU")
+    elif "step" in state:
+        _check_step(step, name)
     if "step" in state and not _is_number(state["step"]):
         raise RuntimeError(
             f"step of {name} must be a floating-point tensor of one number, not {state['step']!r}"
@@ -138,9 +191,15 @@ def check_live_state(p: Tensor, state: Mapping[str, Any], hyper: Hyper, name: st
             f"exp_avg_sq_sum of {name} must be float64, not {state['exp_avg_sq_sum'].dtype}: "
             "delete it, and it is taken anew"
         )
-    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor"):
+    for key in ALIKE:
         if key in state:
             _check_alike(state[key], p, f"{key} of {name}", RuntimeError)
+
+
+def _check_step(step: Any, name: str) -> None:
+    number = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
+    if not (type(number) in (int, float) and number >= 0 and number % 1 == 0):
+        raise ValueError(f"the state of {name} has step {step!r}: it must be a whole number >= 0")
 
 
 def _check_alike(x: Tensor, p: Tensor, what: str, error: type[Exception]) -> None:

@@ -83,7 +83,6 @@ _NO_STATE_DICT = (
     "this is not the state_dict of an optimizer, which holds 'state' and 'param_groups'"
 )
 _TORCH_CHOICES = ("foreach", "fused", "differentiable", "decoupled_weight_decay")
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor")
 
 
 class _Adam(torch.optim.Optimizer):
@@ -407,7 +406,7 @@ class _Adam(torch.optim.Optimizer):
         state = self.state[p] = {**self.state[p], **kept}
         if "step" in saved:
             state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).cpu().clone()
-        for key in _MOMENTS:
+        for key in checks.ALIKE:
             if key in saved:
                 state[key] = saved[key].to(p.device, p.dtype, copy=True)
         state.pop("exp_avg_sq_sum", None)
@@ -426,12 +425,11 @@ class _Adam(torch.optim.Optimizer):
                 f"the state_dict has {len(groups)} param groups, this optimizer "
                 f"{len(self.param_groups)}: build it with the groups that were saved"
             )
+        checks.check_saved_groups(groups)
         for i, (saved, group) in enumerate(zip(groups, self.param_groups, strict=True)):
-            if not isinstance(saved, dict):
-                raise ValueError(f"group {i} of the state_dict must be a dict, not {saved!r}")
-            if len(saved.get("params", ())) != len(group["params"]):
+            if len(saved["params"]) != len(group["params"]):
                 raise ValueError(
-                    f"group {i} of the state_dict has {len(saved.get('params', ()))} parameters, "
+                    f"group {i} of the state_dict has {len(saved['params'])} parameters, "
                     f"this optimizer's has {len(group['params'])}: it belongs to another model"
                 )
             if missing := [key for key in _NUMBERS if key not in saved]:
@@ -448,7 +446,13 @@ class _Adam(torch.optim.Optimizer):
                 state = states.get(key, {})
                 if isinstance(state, dict) and "anchor" in self.state.get(p, {}):
                     state = {"anchor": self.state[p]["anchor"], **state}
-                checks.check_state(p, state, hyper, name)
+                checks.check_saved_state(p, state, hyper, name)
+        known = {key for saved in groups for key in saved["params"]}
+        if strays := [repr(key) for key in states if key not in known]:
+            raise ValueError(
+                f"the state_dict holds a state for {', '.join(strays)}, which is in no group's "
+                "params: it is damaged"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_backend": self._backend}

@@ -42,7 +42,7 @@ class Weights:
             weight = p.tensor.detach()
             if not layouts.is_dense(weight):
                 weight = self._copies[position] = torch.empty_like(weight)
-            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor"):
+            for key in checks.ALIKE:
                 if p.state is not None and key in p.state:
                     p.state[key] = layouts.like(p.state[key], weight)
 
