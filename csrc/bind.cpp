@@ -4,10 +4,22 @@
 
 #include "cpu.h"
 #include "cpu_step.h"
+#ifdef WDK_CUDA
+#include "cuda.h"
+#endif
 #include "plan.h"
 
 namespace py = pybind11;
 using namespace wdk;
+
+// A 0-d tensor that is read where it stands; or None.
+static Number number(const py::object& tensor) {
+  if (tensor.is_none()) return {};
+  DLTensor view;
+  if (!read(tensor.ptr(), view) || numel(view) != 1 || !dtype(view))
+    throw std::invalid_argument("not a tensor of one floating-point number");
+  return {address(view), *dtype(view)};
+}
 
 // Lets Python's garbage collector see what a plan refers to.
 static void collectable(PyHeapTypeObject* heap_type) {
@@ -52,7 +64,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](Decay decay, bool stable, bool anchored, bool amsgrad, bool cautious,
                        bool maximize, double lr, double lr_max, double beta1, double beta2,
                        double eps, double weight_decay, DecayScale decay_scale, Schedule first,
-                       Schedule second) {
+                       Schedule second, bool capturable, py::object live_lr,
+                       py::object live_weight_decay) {
              return Hyper{{decay, anchored, amsgrad, cautious},
                           stable,
                           maximize,
@@ -63,23 +76,43 @@ PYBIND11_MODULE(_C, m) {
                           eps,
                           weight_decay,
                           decay_scale,
-                          {first, second}};
+                          {first, second},
+                          capturable,
+                          number(live_lr),
+                          number(live_weight_decay)};
            }),
            py::kw_only(), py::arg("decay"), py::arg("stable"), py::arg("anchored"),
            py::arg("amsgrad"), py::arg("cautious"), py::arg("maximize"), py::arg("lr"),
            py::arg("lr_max"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-           py::arg("weight_decay"), py::arg("decay_scale"), py::arg("first"), py::arg("second"));
+           py::arg("weight_decay"), py::arg("decay_scale"), py::arg("first"), py::arg("second"),
+           py::arg("capturable"), py::arg("live_lr"), py::arg("live_weight_decay"));
 
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collectable))
-      .def(py::init<py::dict, py::list>(), py::arg("state"), py::arg("groups"))
+      .def(py::init<py::dict, py::list, int32_t, py::object>(), py::kw_only(), py::arg("state"),
+           py::arg("groups"), py::arg("device"), py::arg("memory"))
       .def("add_parameter", &Plan::add_parameter, py::kw_only(), py::arg("parameter"),
            py::arg("weight"), py::arg("state"), py::arg("group"))
       .def("set_hyper", &Plan::set_hyper, py::arg("group"), py::arg("hyper"))
       .def("gather", &Plan::gather, py::arg("state"), py::arg("groups"))
       .def("set_gradient", &Plan::set_gradient, py::arg("position"), py::arg("gradient"))
-      .def("step", &Plan::step);
+      .def(
+          "step",
+          [](Plan& plan, uintptr_t stream, bool capturing) {
+            return plan.step({reinterpret_cast<void*>(stream), capturing});
+          },
+          py::kw_only(), py::arg("stream"), py::arg("capturing"));
 
   m.def("instruction_sets", &instruction_sets, "What this build has and this processor runs.");
   m.def("instruction_set", &instruction_set, "The one in use.");
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"));
+
+#ifdef WDK_CUDA
+  m.def("cuda", [] { return py::make_tuple(cuda::toolkit(), cuda::architectures()); });
+  m.def("cuda_refusal", &cuda::refusal, py::arg("device"));
+#else
+  m.def("cuda", [] { return py::none(); }, "The CUDA toolkit (13000: 13.0) and chips it is for.");
+  m.def(
+      "cuda_refusal", [](int) { return "this build has no CUDA"; }, py::arg("device"),
+      "Why this build cannot run on a GPU; empty if it can.");
+#endif
 }

@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "dtype.h"
 #include "update.h"
 
 namespace wdk {
@@ -19,7 +20,8 @@ struct Schedule {
 };
 
 WDK_INLINE double factor(const Schedule& s, double t) {
-  const double progress = std::fmin((t - 1) / s.steps, 1);
+  const double passed = (t - 1) / s.steps;
+  const double progress = passed < 1 ? passed : 1;
   double share = 1 - progress;  // of the start value; of the difference, the end would be inexact
   switch (s.kind) {
     case Schedule::Kind::constant:
@@ -55,6 +57,11 @@ struct Hyper {
   double weight_decay = 0;
   DecayScale decay_scale = DecayScale::lr;
   Schedule schedule[2];  // their product
+
+  // For CUDA graphs: step counts stand on the device, where the numbers are then computed, and so
+  // may lr and weight_decay.
+  bool capturable = false;
+  Number live_lr, live_weight_decay;
 
   WDK_INLINE double bias_correction2(double t) const { return 1 - std::pow(beta2, t); }
 };
@@ -95,7 +102,8 @@ WDK_INLINE double selected_decay(double lambda, const ProjectionSums& sums) {
   const bool selected = sums.alignment > 0;  // c < 0
   if (!selected || sums.distance2 == 0) return 0;
   const double after = std::sqrt(sums.distance2);
-  const double before = std::sqrt(std::fmax(sums.distance2 - sums.growth2, 0));
+  const double before2 = sums.distance2 - sums.growth2;
+  const double before = std::sqrt(before2 > 0 ? before2 : 0);
   const double ratio = sums.growth2 / ((after + before) * after);  // (after - before) / after
   return lambda * (ratio < 0 ? 0 : ratio > 1 ? 1 : ratio);         // NaN stays NaN
 }

@@ -22,30 +22,6 @@ constexpr int kLanes = 16;
 // Terms that are added in their own type before they are added in double.
 constexpr int kRun = 16;
 
-template <class T>
-Coefficients<T> rounded(const Coefficients<double>& c) {
-  return {T(c.sign), T(c.one_minus_beta1), T(c.one_minus_beta2), T(c.step_size), T(c.eps),
-          T(c.decay)};
-}
-
-template <class T>
-struct Streams {
-  T* w;
-  const T* g;
-  T* m;
-  T* v;
-  T* vmax;
-  const T* a;
-
-  Streams(const Tensor& t, int64_t begin)
-      : w(static_cast<T*>(t.w) + begin),
-        g(static_cast<const T*>(t.g) + begin),
-        m(static_cast<T*>(t.m) + begin),
-        v(static_cast<T*>(t.v) + begin),
-        vmax(t.vmax ? static_cast<T*>(t.vmax) + begin : nullptr),
-        a(t.a ? static_cast<const T*>(t.a) + begin : nullptr) {}
-};
-
 // ---- elementwise -------------------------------------------------------------------------------
 
 template <Decay decay, bool anchored, bool amsgrad, bool cautious, class T>
@@ -183,7 +159,7 @@ WDK_INLINE void with_type(DType type, const Body& body) {
     body(double{});
 }
 
-void reduce_chunk(const Work& work, int64_t index) {
+void reduce_chunk(const CpuWork& work, int64_t index) {
   const Chunk& chunk = work.chunks[index];
   const Tensor& tensor = work.tensors[chunk.tensor];
   const Row& row = work.rows[tensor.row];
@@ -196,7 +172,7 @@ void reduce_chunk(const Work& work, int64_t index) {
   });
 }
 
-void update_chunk(const Work& work, int64_t index) {
+void update_chunk(const CpuWork& work, int64_t index) {
   const Chunk& chunk = work.chunks[index];
   const Tensor& tensor = work.tensors[chunk.tensor];
   const Row& row = work.rows[tensor.row];
@@ -226,7 +202,7 @@ void update_chunk(const Work& work, int64_t index) {
   });
 }
 
-void pull_chunk(const Work& work, int64_t index) {
+void pull_chunk(const CpuWork& work, int64_t index) {
   const Chunk& chunk = work.chunks[index];
   const Tensor& tensor = work.tensors[chunk.tensor];
   const double shrink = work.shrink[chunk.tensor];
@@ -240,7 +216,7 @@ void pull_chunk(const Work& work, int64_t index) {
 }
 
 // SPD's decision over a tensor all of whose chunks have been updated.
-void select(const Work& work, int32_t index) {
+void select(const CpuWork& work, int32_t index) {
   ProjectionSums sums{};
   for (int32_t k = work.first_chunks[index]; k < work.first_chunks[index + 1]; ++k) {
     sums.alignment += work.projections[k].alignment;
@@ -250,7 +226,7 @@ void select(const Work& work, int32_t index) {
   work.shrink[index] = selected_decay(work.rows[work.tensors[index].row].numbers.decay, sums);
 }
 
-void finish_item(const Work& work, const Item& item) {
+void finish_item(const CpuWork& work, const Item& item) {
   int32_t& pending = work.pending[item.batch];
   if (__atomic_sub_fetch(&pending, 1, __ATOMIC_ACQ_REL) > 1) return;
   const Batch& batch = work.batches[item.batch];
@@ -258,7 +234,7 @@ void finish_item(const Work& work, const Item& item) {
   __atomic_store_n(&pending, 0, __ATOMIC_RELEASE);
 }
 
-void wait_for_batch(const Work& work, const Item& item) {
+void wait_for_batch(const CpuWork& work, const Item& item) {
   while (__atomic_load_n(&work.pending[item.batch], __ATOMIC_ACQUIRE) > 0) sched_yield();
 }
 
@@ -266,7 +242,7 @@ void wait_for_batch(const Work& work, const Item& item) {
 
 // ---- all chunks --------------------------------------------------------------------------------
 
-void reduce(const Work& work) {
+void reduce(const CpuWork& work) {
 #pragma omp parallel for schedule(dynamic) if (work.parallel)
   for (int32_t i = 0; i < work.n_items; ++i)
     for (int32_t k = work.items[i].first_chunk; k < work.items[i].last_chunk; ++k)
@@ -275,7 +251,7 @@ void reduce(const Work& work) {
 
 // Items are handed out in their order, so whoever waits for a batch waits for items that other
 // threads are at work on. There is no barrier but the end.
-void update(const Work& work) {
+void update(const CpuWork& work) {
 #pragma omp parallel for schedule(monotonic : dynamic) if (work.parallel)
   for (int32_t i = 0; i < work.n_items; ++i) {
     const Item& item = work.items[i];

@@ -8,11 +8,43 @@
 
 namespace wdk {
 
+// Elements of a chunk: its streams (7 x 64 KiB) stay within a core's L2 cache.
+constexpr int64_t kChunk = 16384;
+
+// A run of chunks that one thread takes at a time: small tensors travel together.
+struct Item {
+  int32_t first_chunk, last_chunk;
+  int32_t batch;      // index into batches
+  bool second_touch;  // of SPD, once the whole batch has been updated
+};
+
+// Tensors that SPD decides over together: none of them is pulled before all have been updated.
+struct Batch {
+  int32_t first_tensor, last_tensor;
+  int32_t n_items;
+};
+
+// A list of tensors and what the loops need to walk through it.
+struct CpuWork {
+  const Tensor* tensors;
+  const Chunk* chunks;
+  const int32_t* first_chunks;  // of each tensor, and behind them the number of chunks
+  const Item* items;
+  const Batch* batches;
+  int32_t* pending;  // per batch: items whose step is not done, and 1 for the selection
+  const Row* rows;
+  int32_t n_items;
+  bool parallel;                // worth waking the other threads
+  double* sums;                 // per chunk: what `reduce` found
+  ProjectionSums* projections;  // per chunk: what `update` found
+  double* shrink;               // per tensor: SPD's lambda r
+};
+
 struct CpuLoops {
   // Sum over each chunk of g^2, or with amsgrad of the vmax this step will have.
-  void (*reduce)(const Work&);
+  void (*reduce)(const CpuWork&);
   // The step itself, and for SPD the second touch of the tensors it selected.
-  void (*update)(const Work&);
+  void (*update)(const CpuWork&);
 };
 
 // Instruction sets that this build has and this processor runs, the best one last.

@@ -1,9 +1,8 @@
 #include "cpu_step.h"
 
-#include <algorithm>
-#include <cmath>
+#include <pybind11/pybind11.h>
 
-#include "cpu.h"
+#include <algorithm>
 
 namespace wdk {
 
@@ -93,10 +92,11 @@ void CpuStep::plan(const std::vector<Tensor>& tensors, bool projected) {
   shrink_.resize(tensors.size());
 }
 
-void CpuStep::run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows) {
+void CpuStep::run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows, Stream) {
+  const pybind11::gil_scoped_release release;
   rows_ = rows;
   for (size_t i = 0; i < batches_.size(); ++i) pending_[i] = batches_[i].n_items + 1;
-  Work work{};
+  CpuWork work{};
   work.tensors = tensors.data();
   work.chunks = chunks_.data();
   work.first_chunks = first_chunks_.data();

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "cpu.h"
 #include "step.h"
 
 namespace wdk {
@@ -10,7 +11,7 @@ namespace wdk {
 class CpuStep : public Step {
  public:
   void plan(const std::vector<Tensor>& tensors, bool projected) override;
-  void run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows) override;
+  void run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows, Stream) override;
 
  private:
   void apply_mean_square(const std::vector<Tensor>& tensors);

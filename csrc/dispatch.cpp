@@ -5,10 +5,10 @@
 
 namespace wdk {
 
-#define WDK_DECLARE(isa)    \
-  namespace isa {           \
-  void reduce(const Work&); \
-  void update(const Work&); \
+#define WDK_DECLARE(isa)       \
+  namespace isa {              \
+  void reduce(const CpuWork&); \
+  void update(const CpuWork&); \
   }
 WDK_DECLARE(baseline)
 #ifdef WDK_X86

@@ -45,6 +45,11 @@ struct DLPackExchangeAPI {
 
 namespace wdk::dl {
 constexpr int32_t kCPU = 1;
+#ifdef WDK_EMULATED  // the GPU's half of the module, run by a CPU for its tests
+constexpr int32_t kCUDA = kCPU;
+#else
+constexpr int32_t kCUDA = 2;
+#endif
 constexpr uint8_t kFloat = 2;
 constexpr uint8_t kComplex = 5;
 constexpr uint32_t kMajorVersion = 1;

@@ -6,10 +6,29 @@
 
 #include <cstdint>
 
+#include "inline.h"
+
 namespace wdk {
 
 enum class DType : uint8_t { float32, float64 };
 
 constexpr int64_t size_of(DType type) { return type == DType::float32 ? 4 : 8; }
+
+// A number in memory, such as a 0-d tensor's.
+struct Number {
+  void* data = nullptr;  // or none
+  DType type = DType::float32;
+
+  WDK_INLINE double get() const {
+    return type == DType::float32 ? double(*static_cast<const float*>(data))
+                                  : *static_cast<const double*>(data);
+  }
+  WDK_INLINE void set(double value) const {
+    if (type == DType::float32)
+      *static_cast<float*>(data) = float(value);
+    else
+      *static_cast<double*>(data) = value;
+  }
+};
 
 }  // namespace wdk

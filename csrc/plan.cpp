@@ -5,26 +5,17 @@
 #include <tuple>
 
 #include "cpu_step.h"
+#ifdef WDK_CUDA
+#include "gpu_step.h"
+#endif
 
 namespace wdk {
 
 namespace {
 
-// A step count or a sum: a 0-d tensor of the state.
-double read_number(const void* data, DType dtype) {
-  return dtype == DType::float32 ? double(*static_cast<const float*>(data))
-                                 : *static_cast<const double*>(data);
-}
-
-void write_number(void* data, DType dtype, double value) {
-  if (dtype == DType::float32)
-    *static_cast<float*>(data) = static_cast<float>(value);
-  else
-    *static_cast<double*>(data) = value;
-}
-
-bool is_number(const DLTensor& view) {
-  return view.device.device_type == dl::kCPU && numel(view) == 1 && dtype(view).has_value();
+bool is_on(const DLTensor& view, DLDevice device) {
+  return view.device.device_type == device.device_type &&
+         (device.device_type == dl::kCPU || view.device.device_id == device.device_id);
 }
 
 // Runs a function when a scope is left, by whichever way.
@@ -38,10 +29,10 @@ class Finally {
   Function function_;
 };
 
-Layout layout_of(const py::object& tensor) {
+Layout layout_of(const py::object& tensor, DLDevice device) {
   DLTensor view;
-  if (!read(tensor.ptr(), view) || view.device.device_type != dl::kCPU)
-    throw std::invalid_argument("not a strided CPU tensor");
+  if (!read(tensor.ptr(), view) || !is_on(view, device))
+    throw std::invalid_argument("not a strided tensor of the plan's device");
   return Layout(view);
 }
 
@@ -58,21 +49,36 @@ const std::array<PyObject*, Plan::kSlots>& Plan::slot_names() {
   return names;
 }
 
-Plan::Plan(py::dict state, py::list groups)
-    : state_(std::move(state)),
+Plan::Plan(py::dict state, py::list groups, int32_t device, py::object memory)
+    : device_{memory.is_none() ? dl::kCPU : dl::kCUDA, device},
+      state_(std::move(state)),
       groups_(std::move(groups)),
-      hypers_(groups_.size()),
-      loops_(std::make_unique<CpuStep>()) {
+      hypers_(groups_.size()) {
+  if (memory.is_none()) loops_ = std::make_unique<CpuStep>();
+#ifdef WDK_CUDA
+  else
+    loops_ = std::make_unique<GpuStep>(device, std::move(memory));
+#endif
+  if (!loops_) throw std::invalid_argument("this module was built without CUDA");
   for (py::handle group : groups_)
     parameter_lists_.push_back(py::reinterpret_borrow<py::object>(group["params"]));
   for (auto entry : state_)
     state_values_.push_back(py::reinterpret_borrow<py::object>(entry.second));
 }
 
+// Whether a tensor of the state is one that the loops can use. The host counts the steps, unless
+// they are to be captured.
+bool Plan::fits(const DLTensor& view, int slot, const Layout& weight, bool capturable) const {
+  if (!is_scalar(slot)) return weight.same_order(view);
+  if (numel(view) != 1 || !dtype(view)) return false;
+  if (slot == kExpAvgSqSum) return is_on(view, device_) && dtype(view) == DType::float64;
+  return is_on(view, capturable ? device_ : DLDevice{dl::kCPU, 0});
+}
+
 void Plan::add_parameter(py::object parameter, py::object weight, py::object state, int32_t group) {
   Parameter p;
-  p.layout = layout_of(parameter);
-  p.weight = layout_of(weight);
+  p.layout = layout_of(parameter, device_);
+  p.weight = layout_of(weight, device_);
   p.object = std::move(parameter);
   p.weight_object = std::move(weight);
   p.state = std::move(state);
@@ -82,10 +88,8 @@ void Plan::add_parameter(py::object parameter, py::object weight, py::object sta
       PyObject* tensor = PyDict_GetItem(p.state.ptr(), slot_names()[slot]);
       if (!tensor) continue;
       DLTensor view;
-      if (!read(tensor, view) || !(is_scalar(slot) ? is_number(view) : p.weight.same_order(view)))
+      if (!read(tensor, view) || !fits(view, slot, p.weight, hypers_.at(group).capturable))
         throw std::invalid_argument("state tensor in another layout than its parameter");
-      if (slot == kExpAvgSqSum && dtype(view) != DType::float64)
-        throw std::invalid_argument("a sum of v that is not in float64");
       p.stored[slot] = {py::reinterpret_borrow<py::object>(tensor), address(view), *dtype(view)};
     }
     const Hyper& h = hypers_.at(group);
@@ -102,7 +106,8 @@ void Plan::set_hyper(int32_t group, const Hyper& hyper) {
   Hyper& current = hypers_.at(group);
   const bool same_streams = hyper.is.decay == current.is.decay && hyper.stable == current.stable &&
                             hyper.is.amsgrad == current.is.amsgrad &&
-                            hyper.is.anchored == current.is.anchored;
+                            hyper.is.anchored == current.is.anchored &&
+                            hyper.capturable == current.capturable;
   if (!same_streams && !parameters_.empty())
     throw std::logic_error("a group that reads other streams needs a new plan");
   current = hyper;
@@ -137,17 +142,17 @@ void Plan::refuse_while_running() const {
 
 // ---- looking at every tensor -------------------------------------------------------------------
 
-bool Plan::Parameter::unchanged() const {
+bool Plan::unchanged(const Parameter& p) const {
+  const bool capturable = hypers_[p.group].capturable;
   DLTensor view;
-  if (!read(object.ptr(), view) || !(layout == view)) return false;
+  if (!read(p.object.ptr(), view) || !(p.layout == view)) return false;
   for (int slot = 0; slot < kSlots; ++slot) {
-    const Stored& known = stored[slot];
-    PyObject* now = PyDict_GetItem(state.ptr(), slot_names()[slot]);
+    const Stored& known = p.stored[slot];
+    PyObject* now = PyDict_GetItem(p.state.ptr(), slot_names()[slot]);
     if (now != known.object.ptr()) return false;
     if (!now) continue;
-    if (!read(now, view) || address(view) != known.data) return false;
-    if (is_scalar(slot) ? !is_number(view) || *dtype(view) != known.dtype
-                        : !weight.same_order(view))
+    if (!read(now, view) || address(view) != known.data ||
+        !fits(view, slot, p.weight, capturable) || *dtype(view) != known.dtype)
       return false;
   }
   return true;
@@ -188,7 +193,7 @@ py::object Plan::gather(const py::dict& state, const py::list& groups) {
     if (!p.gradient) throw py::error_already_set();
     if (p.gradient.is_none()) continue;
 
-    if (p.state.is_none() || !p.unchanged()) return py::none();
+    if (p.state.is_none() || !unchanged(p)) return py::none();
 
     active_.push_back(static_cast<int32_t>(i));
     DLTensor view;
@@ -243,18 +248,21 @@ void Plan::number_tensors() {
   double previous = -1;
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const Parameter& p = parameters_[active_[i]];
-    const Stored& step = p.stored[kStep];
-    const double t = read_number(step.data, step.dtype) + 1;
-    if (p.group != group || t != previous) {
-      const Hyper& hyper = hypers_[group = p.group];
-      rows_.push_back({hyper, coefficients(hyper, previous = t), t});
+    const Number step{p.stored[kStep].data, p.stored[kStep].dtype};
+    const Hyper& hyper = hypers_[p.group];
+    if (hyper.capturable) {
+      rows_.push_back({hyper, {}, 0, step});
+    } else if (const double t = step.get() + 1; p.group != group || t != previous) {
+      rows_.push_back({hyper, coefficients(hyper, t), t, {}});
+      group = p.group;
+      previous = t;
     }
     tensors_[i].row = static_cast<int32_t>(rows_.size()) - 1;
     tensors_[i].g = p.gradient_data;
   }
 }
 
-py::list Plan::step() {
+py::list Plan::step(Stream stream) {
   refuse_while_running();
   running_ = true;
   const Finally finally([this] {
@@ -263,12 +271,12 @@ py::list Plan::step() {
   });
   if (active_ != listed_) list_tensors();
   if (!tensors_.empty()) {
-    const py::gil_scoped_release release;
     number_tensors();
-    loops_->run(tensors_, rows_);
+    loops_->run(tensors_, rows_, stream);
     for (size_t i = 0; i < tensors_.size(); ++i) {
       const Stored& step = parameters_[active_[i]].stored[kStep];
-      write_number(step.data, step.dtype, rows_[tensors_[i].row].t);
+      const Row& row = rows_[tensors_[i].row];
+      if (!row.hyper.capturable) Number{step.data, step.dtype}.set(row.t);
     }
   }
   return updated_;

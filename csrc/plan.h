@@ -16,8 +16,9 @@ namespace wdk {
 
 class Plan {
  public:
-  // `state`: the optimizer's state, a dict of dicts; `groups`: its param_groups.
-  Plan(py::dict state, py::list groups);
+  // `state`: the optimizer's state, a dict of dicts; `groups`: its param_groups. `memory` is that of
+  // the GPU (number `device`) on which all tensors are; None for the CPU.
+  Plan(py::dict state, py::list groups, int32_t device, py::object memory);
 
   // In the order of the groups. `weight` is the dense tensor the loops write: the parameter itself
   // or a copy of it. `state` is None as long as there is none.
@@ -32,9 +33,9 @@ class Plan {
   py::object gather(const py::dict& state, const py::list& groups);
   void set_gradient(int32_t position, py::object gradient);
 
-  // One optimizer step over what was gathered; returns the parameters it updated. Releases the GIL
-  // while it runs, and the gradients when it is done.
-  py::list step();
+  // One optimizer step over what was gathered; returns the parameters it updated. Gives the
+  // gradients back when it is done.
+  py::list step(Stream stream);
 
   // For Python's garbage collector: a parameter may reach its optimizer, and so this plan.
   int traverse(visitproc visit, void* arg) const;
@@ -45,6 +46,7 @@ class Plan {
   enum Slot { kStep, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAnchor, kExpAvgSqSum, kSlots };
   static const std::array<PyObject*, kSlots>& slot_names();
   static bool is_scalar(int slot) { return slot == kStep || slot == kExpAvgSqSum; }
+  bool fits(const DLTensor& view, int slot, const Layout& weight, bool capturable) const;
 
   // A tensor in the state; elements in the order of the weight, or a single number.
   struct Stored {
@@ -63,15 +65,15 @@ class Plan {
     int32_t group;
     py::object gradient;
     const void* gradient_data = nullptr;
-
-    bool unchanged() const;
   };
 
   void refuse_while_running() const;
+  bool unchanged(const Parameter& p) const;
   bool same_objects(const py::dict& state, const py::list& groups) const;
   void list_tensors();
   void number_tensors();
 
+  DLDevice device_;
   bool running_ = false;  // a step in another thread, which has released the GIL
   py::dict state_;
   py::list groups_;

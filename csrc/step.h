@@ -7,6 +7,12 @@
 
 namespace wdk {
 
+// Where a GPU's work is queued; nothing to a CPU.
+struct Stream {
+  void* handle = nullptr;  // a cudaStream_t
+  bool capturing = false;  // into a CUDA graph
+};
+
 class Step {
  public:
   virtual ~Step() = default;
@@ -14,8 +20,9 @@ class Step {
   // Another list of tensors, all of one method; their gradients and rows are still to come.
   virtual void plan(const std::vector<Tensor>& tensors, bool projected) = 0;
 
-  // Called without the GIL. Whatever it throws, it throws before it writes.
-  virtual void run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows) = 0;
+  // Whatever it throws, it throws before it writes.
+  virtual void run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows,
+                   Stream stream) = 0;
 };
 
 }  // namespace wdk

@@ -40,11 +40,14 @@ bool read_attributes(py::handle tensor, DLTensor& out) {
   for (py::handle size : tensor.attr("shape")) shape.push_back(size.cast<int64_t>());
   for (py::handle stride : tensor.attr("stride")()) strides.push_back(stride.cast<int64_t>());
   const py::object type = tensor.attr("dtype");
-  const bool cpu = tensor.attr("device").attr("type").cast<std::string>() == "cpu";
+  const py::object device = tensor.attr("device");
+  const std::string kind = device.attr("type").cast<std::string>();
+  const py::object index = device.attr("index");
 
   out = {};
   out.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
-  out.device.device_type = cpu ? dl::kCPU : 0;
+  out.device.device_type = kind == "cpu" ? dl::kCPU : kind == "cuda" ? dl::kCUDA : 0;
+  out.device.device_id = index.is_none() ? 0 : index.cast<int32_t>();
   out.ndim = static_cast<int32_t>(shape.size());
   for (int i = 0; i < 4; ++i)
     if (type.is(types[i])) out.dtype = codes[i];

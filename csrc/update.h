@@ -14,13 +14,7 @@
 
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define WDK_INLINE __host__ __device__ __forceinline__
-#else
-// always_inline also keeps each instruction set's copy inside its own translation unit: a merged
-// out-of-line copy could run AVX-512 code on a machine without it.
-#define WDK_INLINE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace wdk {
 
@@ -52,6 +46,12 @@ struct Coefficients {
   T decay;      // what multiplies (w - a) in the line where this decay enters
 };
 
+template <class T>
+WDK_INLINE Coefficients<T> rounded(const Coefficients<double>& c) {
+  return {T(c.sign), T(c.one_minus_beta1), T(c.one_minus_beta2), T(c.step_size), T(c.eps),
+          T(c.decay)};
+}
+
 // One element of every stream the step reads or writes.
 template <class T>
 struct Element {
@@ -72,11 +72,7 @@ using ProjectionSums = ProjectionTerms<double>;
 
 template <class T>
 WDK_INLINE T square_root(T x) {
-#if defined(__CUDACC__)
-  return ::sqrt(x);  // IEEE-rounded under nvcc's default -prec-sqrt=true
-#else
-  return std::sqrt(x);
-#endif
+  return std::sqrt(x);  // IEEE-rounded; under nvcc by its default, -prec-sqrt=true
 }
 
 // a + weight (b - a), from the nearer end: beta1 = 0 must give the gradient exactly.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wdkernels import layouts
 from wdkernels.coefficients import Hyper
+from wdkernels.device_memory import DeviceMemory
 from wdkernels.plan import Parameter, Weights
 
 try:
@@ -29,11 +30,15 @@ def refuses(tensors: Sequence[Tensor]) -> str | None:
     for x in tensors:
         if not layouts.has_memory(x):
             return f"a {type(x).__name__} has no memory of its own"
-        if x.device.type != "cpu":
+        if x.device.type not in ("cpu", "cuda") or torch.version.hip:
             return f"it has no kernels for {x.device.type} tensors"
         if x.dtype not in _DTYPES:
             return f"it has no loops for {x.dtype}"
-    return None
+    devices = {x.device for x in tensors}
+    if len(devices) > 1:
+        return f"the tensors are on several devices ({', '.join(sorted(map(str, devices)))})"
+    device = devices.pop() if devices else torch.device("cpu")
+    return (_C.cuda_refusal(device.index) or None) if device.type == "cuda" else None
 
 
 class Plan:
@@ -47,7 +52,14 @@ class Plan:
         param_groups: list[dict[str, Any]],
     ) -> None:
         self._weights = Weights(parameters)
-        self._core = _C.Plan(state, param_groups)
+        self._device = parameters[0].tensor.device if parameters else torch.device("cpu")
+        self._on_gpu = self._device.type == "cuda"
+        self._core = _C.Plan(
+            state=state,
+            groups=param_groups,
+            device=self._device.index or 0,
+            memory=DeviceMemory(self._device) if self._on_gpu else None,
+        )
         for index, hyper in enumerate(hypers):
             self.set_hyper(index, hyper)
         for position, p in enumerate(parameters):
@@ -68,15 +80,26 @@ class Plan:
         for position, gradient in gradients:
             self._core.set_gradient(position, gradient)
         self._weights.load()
-        updated = self._core.step()
+        updated = self._core.step(**self._stream())
         # Autograd must know, as of any in-place operation, that saved weights are out of date.
         torch.autograd.graph.increment_version(updated)
         self._weights.store()
         return True
 
+    def _stream(self) -> dict[str, Any]:
+        """Where the step is queued: the current stream of its device."""
+        if not self._on_gpu:
+            return {"stream": 0, "capturing": False}
+        stream = torch.cuda.current_stream(self._device)
+        return {
+            "stream": stream.cuda_stream,
+            "capturing": torch.cuda.is_current_stream_capturing(),
+        }
+
 
 def _hyper(h: Hyper) -> Any:
     decay = {"swd": "decoupled", "spd": "projection"}.get(h.method, h.method)
+    live = h.live or {}
     first, second = (
         _C.Schedule(kind=getattr(_C.ScheduleKind, kind), start=start, end=end, steps=steps)
         for kind, start, end, steps in h.factors
@@ -97,4 +120,7 @@ def _hyper(h: Hyper) -> Any:
         decay_scale=getattr(_C.DecayScale, h.decay_scale),
         first=first,
         second=second,
+        capturable=h.live is not None,
+        live_lr=live.get("lr"),
+        live_weight_decay=live.get("weight_decay"),
     )
