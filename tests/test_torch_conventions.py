@@ -36,6 +36,8 @@ import wdkernels as wd
 from wdkernels import schedules
 
 TORCH = {"l2": torch.optim.Adam, "decoupled": torch.optim.AdamW}
+# Whether the decay is L2; SPD's is neither, and takes the state of both.
+L2 = {"l2": True, "unmixed": True, "decoupled": False, "swd": False, "spd": None}
 SHAPES = [(3, 5), (), (7,), (2, 2, 3), (0, 3)]
 loud: dict[str, Any] = {key: LOUD[key] for key in ("lr", "betas", "eps", "weight_decay")}
 
@@ -181,6 +183,25 @@ def test_a_pre_hook_may_change_the_gradients(backend: str) -> None:
 
 
 @every_backend
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "betas"])
+def test_a_pre_hook_may_change_the_numbers(key: str, backend: str) -> None:
+    """In the step that it precedes, the first one and later."""
+    runs = []
+    for kind, more in ((torch.optim.AdamW, {}), (wd.AdamW, {"backend": backend})):
+        values = iter([(0.1 * t, 0.5) if key == "betas" else 0.1 * t for t in range(1, 4)])
+
+        def turn(optimizer: Any, *_: Any, values: Any = values) -> None:
+            optimizer.param_groups[0][key] = next(values)
+
+        params = weights()
+        optimizer = kind(params, **more, **loud)
+        optimizer.register_step_pre_hook(turn)
+        train(optimizer, params, range(3))
+        runs.append(params)
+    assert_close(*runs)
+
+
+@every_backend
 def test_state_dict_hooks(backend: str) -> None:
     w = torch.ones(2)
     optimizer = wd.AdamW([w], backend=backend)
@@ -213,6 +234,19 @@ def test_named_parameters(variant: Variant, backend: str) -> None:
     )
     optimizer.load_state_dict(saved(optimizer.state_dict()))
     assert optimizer.param_groups[0]["param_names"] == names
+
+
+@pytest.mark.parametrize(("before", "after"), [("ab", "cd"), ("ab", None), (None, "cd")])
+def test_names_in_a_state_dict_replace_those_of_the_optimizer(before: Any, after: Any) -> None:
+    """As in torch.optim; they decide nothing."""
+    found = []
+    for kind in (torch.optim.AdamW, wd.AdamW):
+        p, q = torch.ones(2), torch.ones(3)
+        other = kind([p, q] if after is None else [*zip(after, [p, q], strict=True)])
+        optimizer = kind([p, q] if before is None else [*zip(before, [p, q], strict=True)])
+        optimizer.load_state_dict(other.state_dict())
+        found.append(optimizer.param_groups[0].get("param_names"))
+    assert found[0] == found[1] == list(after or before)
 
 
 # ---- learning rates ------------------------------------------------------------------------------
@@ -569,7 +603,9 @@ def test_one_of_our_optimizers_continues_from_another(
 ) -> None:
     """Options that only the other one has are left behind, as of torch.optim."""
     params = weights()
-    optimizer = Variant(before).build(params, backend)
+    crossing = {L2[method], L2[before]} == {True, False}
+    decay = {"weight_decay": 0.0} if crossing else {}  # else it is refused
+    optimizer = Variant(before).build(params, backend, **decay)
     train(optimizer, params, range(2))
     other = Variant(method).build(params, backend, lr=0.7)
     other.load_state_dict(saved(optimizer.state_dict()))
@@ -580,6 +616,49 @@ def test_one_of_our_optimizers_continues_from_another(
     )
     assert torch.equal(other.state[params[0]]["exp_avg"], optimizer.state[params[0]]["exp_avg"])
     train(other, params, range(2, 4))
+
+
+@pytest.mark.parametrize(
+    "saves", [torch.optim.Adam, torch.optim.AdamW, wd.Adam, wd.AdamW, wd.AdamSWD]
+)
+@pytest.mark.parametrize("loads", METHODS)
+def test_weight_decay_is_not_taken_for_one_of_another_kind(loads: str, saves: Any) -> None:
+    """0.1 is much for one and little for the other. Older torch does not say which it is."""
+    params = weights()
+    checkpoint = saves(params, lr=0.1, weight_decay=0.1).state_dict()
+    l2 = saves in (torch.optim.Adam, wd.Adam)
+    optimizer = Variant(loads).build(params, "eager", weight_decay=0.3)
+    if L2[loads] in (None, l2) or (
+        saves.__module__.startswith("torch")
+        and "decoupled_weight_decay" not in checkpoint["param_groups"][0]
+    ):
+        optimizer.load_state_dict(checkpoint)
+        assert optimizer.param_groups[0]["weight_decay"] == 0.1
+        return
+    before = copy.deepcopy(optimizer.state_dict())
+    which = "decoupled, .*: load it into AdamW," if L2[loads] else "L2, .*: load it into Adam,"
+    with pytest.raises(ValueError, match=f"weight_decay of group 0 of the state_dict is {which}"):
+        optimizer.load_state_dict(checkpoint)
+    assert optimizer.state_dict() == before
+
+    checkpoint["param_groups"][0]["weight_decay"] = 0.0
+    optimizer.load_state_dict(checkpoint)
+
+
+def test_a_state_dict_of_older_torch_does_not_say_which_decay_it_has() -> None:
+    params = weights()
+    checkpoint = torch.optim.AdamW(params, weight_decay=0.1).state_dict()
+    checkpoint["param_groups"][0].pop("decoupled_weight_decay", None)
+    wd.Adam(params).load_state_dict(checkpoint)
+
+
+def test_what_torch_trained_with_last_says_which_decay_it_is() -> None:
+    """Our own options are carried along by torch, and no longer mean anything."""
+    params = weights()
+    other = torch.optim.Adam(params)
+    other.load_state_dict(wd.AdamW(params, weight_decay=0.1).state_dict())
+    assert "decay_scale" in other.param_groups[0]
+    wd.Adam(params).load_state_dict(other.state_dict())
 
 
 @every_backend

@@ -355,7 +355,8 @@ class _Adam(torch.optim.Optimizer):
 
         Tensors are copied. A group's options come from the state dict; those it does not know (a
         torch optimizer's knows neither anchor nor schedule) stay as they are. ValueError, with
-        nothing changed, if it does not fit.
+        nothing changed, if it does not fit, or if its weight_decay is L2 where this one's is
+        decoupled or the other way round.
         """
         if not isinstance(state_dict, dict):
             raise ValueError(f"{_NO_STATE_DICT}; it is a {type(state_dict).__name__}")
@@ -441,6 +442,8 @@ class _Adam(torch.optim.Optimizer):
             for key in self._foreign(merged):
                 del merged[key]
             hyper = self._hyper(merged, i)
+            if hyper.weight_decay != 0:
+                self._check_kind_of_decay(saved, i)
             for k, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
                 name = checks.name_of(group, i, k)
                 state = states.get(key, {})
@@ -452,6 +455,24 @@ class _Adam(torch.optim.Optimizer):
             raise ValueError(
                 f"the state_dict holds a state for {', '.join(strays)}, which is in no group's "
                 "params: it is damaged"
+            )
+
+    def _check_kind_of_decay(self, saved: dict[str, Any], index: int) -> None:
+        """The same number is much for one kind and little for another. SPD takes any."""
+        decoupled: bool | None = None
+        if any(key in saved for key in _TORCH_CHOICES):  # torch carries our options along
+            decoupled = saved.get("decoupled_weight_decay")  # older torch does not say
+        elif "decay_scale" in saved or "unmixed" in saved:
+            decoupled = "decay_scale" in saved
+        place = f"weight_decay of group {index} of the state_dict"
+        if decoupled is True and self._method == "l2":
+            raise ValueError(
+                f"{place} is decoupled, Adam's is L2: load it into AdamW, or set it to 0 there"
+            )
+        if decoupled is False and self._method in ("decoupled", "swd"):
+            raise ValueError(
+                f"{place} is L2, {type(self).__name__}'s is decoupled: load it into Adam, or set "
+                "it to 0 there"
             )
 
     def __getstate__(self) -> dict[str, Any]:
