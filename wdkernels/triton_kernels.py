@@ -242,6 +242,12 @@ def inside(size, SIZE: tl.constexpr, WHOLE: tl.constexpr):
     return tl.full([SIZE], 1, tl.int1) if WHOLE else tl.arange(0, SIZE) < size
 
 
+@triton.jit
+def only(here, present):
+    """`here`, if there is the stream. Not by `&`, which Triton 3.9's interpreter widens."""
+    return tl.where(present, here, False)
+
+
 # ---- the step ----------------------------------------------------------------------------------
 
 
@@ -276,15 +282,15 @@ def update_block(
         g=tl.load(g, here, 0.0),
         m=tl.load(m, here, 0.0),
         v=tl.load(v, here, 0.0),
-        vmax=tl.load(vmax, here & amsgrad, 0.0) if AMSGRAD else zero,
-        a=tl.load(a, here & (p.a != 0), 0.0) if ANCHORED else zero,
+        vmax=tl.load(vmax, only(here, amsgrad), 0.0) if AMSGRAD else zero,
+        a=tl.load(a, only(here, p.a != 0), 0.0) if ANCHORED else zero,
     )
     y = update(x, c, amsgrad, cautious, decay)
     tl.store(w, y.w, here)
     tl.store(m, y.m, here)
     tl.store(v, y.v, here)
     if AMSGRAD:
-        tl.store(vmax, y.vmax, here & amsgrad)
+        tl.store(vmax, y.vmax, only(here, amsgrad))
 
     if decay == "projection":
         terms = projection_terms(x.w, c.sign * x.g, x.a, y.w)
@@ -353,8 +359,8 @@ def square_terms(
     terms = g.to(tl.float64) * g.to(tl.float64)
     if AMSGRAD:
         amsgrad = p.vmax != 0
-        v = tl.load(stream(p.v, begin, T, CHUNK, WHOLE), here & amsgrad, 0.0)
-        vmax = tl.load(stream(p.vmax, begin, T, CHUNK, WHOLE), here & amsgrad, 0.0)
+        v = tl.load(stream(p.v, begin, T, CHUNK, WHOLE), only(here, amsgrad), 0.0)
+        vmax = tl.load(stream(p.vmax, begin, T, CHUNK, WHOLE), only(here, amsgrad), 0.0)
         vmax = maximum(vmax, second_moment(v, g, one_minus_beta2))
         terms = tl.where(amsgrad, tl.where(here, vmax.to(tl.float64), 0.0), terms)
     return terms
@@ -435,7 +441,7 @@ def pull_chunk(p, shrink, ANCHORED: tl.constexpr, WHOLE: tl.constexpr):
     pointers = stream(p.w, p.begin, T, CHUNK, WHOLE)
     w = tl.load(pointers, here, 0.0)
     if ANCHORED:
-        a = tl.load(stream(p.a, p.begin, T, CHUNK, WHOLE), here & (p.a != 0), 0.0)
+        a = tl.load(stream(p.a, p.begin, T, CHUNK, WHOLE), only(here, p.a != 0), 0.0)
     else:
         a = tl.zeros([CHUNK], T)
     tl.store(pointers, project(w, a, shrink), here)
