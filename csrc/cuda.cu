@@ -58,6 +58,7 @@ __device__ void for_each_vector(const Streams<T>& s, int size, const Body& body)
   const int whole = aligned(s) ? size - size % n : 0;
 #pragma unroll 1
   for (int i = threadIdx.x * n; i < whole; i += kThreads * n) body(Width<n>{}, i);
+#pragma unroll 1
   for (int i = whole + threadIdx.x; i < size; i += kThreads) body(Width<1>{}, i);
 }
 

@@ -121,7 +121,7 @@ void GpuStep::add_list(DType dtype, const std::vector<Tensor>& tensors, int64_t 
 
 // ---- tables in device memory -------------------------------------------------------------------
 
-GpuStep::Buffer GpuStep::send(const std::vector<char>& table, bool capturing) const {
+GpuStep::Buffer GpuStep::send(std::vector<char>& table, bool capturing) const {
   const auto view = py::memoryview::from_memory(table.data(), static_cast<ssize_t>(table.size()));
   py::object tensor = memory_.attr("send")(view, capturing);
   DLTensor there;

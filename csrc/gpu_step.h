@@ -35,7 +35,7 @@ class GpuStep : public Step {
   };
 
   void add_list(DType dtype, const std::vector<Tensor>& tensors, int64_t chunk, bool projected);
-  Buffer send(const std::vector<char>& table, bool capturing) const;
+  Buffer send(std::vector<char>& table, bool capturing) const;
   void place_tables(Stream stream);
   void send_changes(const std::vector<Tensor>& tensors, const std::vector<Row>& rows,
                     bool capturing, GpuWork& work);

@@ -13,6 +13,7 @@ import torch
 from wdkernels import schedules
 
 DECAY_SCALES = ("lr", "relative_lr", "corrected")
+_LIVE = ("lr", "weight_decay")  # may be tensors that a GPU reads in every step
 ANCHORS = ("zero", "initial", "given")  # of a group in use: given tensors are in the state
 
 
@@ -110,9 +111,19 @@ def from_group(method: str, group: Mapping[str, Any]) -> Hyper:
             f"be one of {', '.join(map(repr, ANCHORS))}, not {group['anchor']!r}"
         )
 
-    lr = _number(group["lr"], "lr")
-    given = group.get("lr_max")
-    lr_max = lr if given is None else _number(given, "lr_max")
+    # Of a device: read there, and never waited for.
+    live = {name: x for name in _LIVE if isinstance(x := group[name], torch.Tensor) and x.is_cuda}
+    capturable = _flag(group, "capturable")
+    if live and not capturable:
+        name, x = next(iter(live.items()))
+        raise ValueError(
+            f"{name} is a tensor on {x.device}, for which the host would have to wait in every "
+            "step: pass a number, or capturable=True, and the device reads it"
+        )
+    lr = 0.0 if "lr" in live else _number(group["lr"], "lr")
+    # None only in a group that is being made.
+    given = group.get("lr_max", lr)
+    lr_max = _number(group["lr"] if given is None else given, "lr_max")
     if decay_scale != "lr" and lr_max == 0:
         raise ValueError(
             f"decay_scale {decay_scale!r} divides by lr_max, the largest learning rate of the "
@@ -125,13 +136,16 @@ def from_group(method: str, group: Mapping[str, Any]) -> Hyper:
         beta1=_number(betas[0], "betas[0]", below=1.0),
         beta2=_number(betas[1], "betas[1]", below=1.0),
         eps=_number(group["eps"], "eps"),
-        weight_decay=_number(group["weight_decay"], "weight_decay"),
+        weight_decay=0.0
+        if "weight_decay" in live
+        else _number(group["weight_decay"], "weight_decay"),
         decay_schedule=group["decay_schedule"],
         decay_scale=decay_scale,
         amsgrad=_flag(group, "amsgrad"),
         maximize=_flag(group, "maximize"),
         cautious=_flag(group, "cautious"),
         anchored=group["anchor"] != "zero",
+        live=live if capturable else None,
     )
 
 

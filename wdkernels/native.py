@@ -30,7 +30,7 @@ def refuses(tensors: Sequence[Tensor]) -> str | None:
     for x in tensors:
         if not layouts.has_memory(x):
             return f"a {type(x).__name__} has no memory of its own"
-        if x.device.type not in ("cpu", "cuda") or torch.version.hip:
+        if x.device.type != "cpu" and not _is_gpu(x.device):
             return f"it has no kernels for {x.device.type} tensors"
         if x.dtype not in _DTYPES:
             return f"it has no loops for {x.dtype}"
@@ -38,7 +38,16 @@ def refuses(tensors: Sequence[Tensor]) -> str | None:
     if len(devices) > 1:
         return f"the tensors are on several devices ({', '.join(sorted(map(str, devices)))})"
     device = devices.pop() if devices else torch.device("cpu")
-    return (_C.cuda_refusal(device.index) or None) if device.type == "cuda" else None
+    return _C.cuda_refusal(device.index or 0) or None if _is_gpu(device) else None
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _stream_of(device: torch.device) -> tuple[int, bool]:
+    """The current stream of a GPU, and whether it is being captured into a graph."""
+    return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
 
 
 class Plan:
@@ -53,13 +62,14 @@ class Plan:
     ) -> None:
         self._weights = Weights(parameters)
         self._device = parameters[0].tensor.device if parameters else torch.device("cpu")
-        self._on_gpu = self._device.type == "cuda"
+        self._on_gpu = _is_gpu(self._device)
         self._core = _C.Plan(
             state=state,
             groups=param_groups,
             device=self._device.index or 0,
             memory=DeviceMemory(self._device) if self._on_gpu else None,
         )
+        self._capturable = [hyper.live is not None for hyper in hypers]
         for index, hyper in enumerate(hypers):
             self.set_hyper(index, hyper)
         for position, p in enumerate(parameters):
@@ -73,6 +83,12 @@ class Plan:
 
     def step(self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]]) -> bool:
         """One optimizer step; False, with nothing done, if the plan is out of date."""
+        stream, capturing = _stream_of(self._device) if self._on_gpu else (0, False)
+        if capturing and not all(self._capturable):
+            raise RuntimeError(
+                "a CUDA graph is being captured, which a step can only join if every param group "
+                "has capturable=True"
+            )
         irregular = self._core.gather(state, param_groups)
         if irregular is None:
             return False
@@ -80,21 +96,11 @@ class Plan:
         for position, gradient in gradients:
             self._core.set_gradient(position, gradient)
         self._weights.load()
-        updated = self._core.step(**self._stream())
+        updated = self._core.step(stream=stream, capturing=capturing)
         # Autograd must know, as of any in-place operation, that saved weights are out of date.
         torch.autograd.graph.increment_version(updated)
         self._weights.store()
         return True
-
-    def _stream(self) -> dict[str, Any]:
-        """Where the step is queued: the current stream of its device."""
-        if not self._on_gpu:
-            return {"stream": 0, "capturing": False}
-        stream = torch.cuda.current_stream(self._device)
-        return {
-            "stream": stream.cuda_stream,
-            "capturing": torch.cuda.is_current_stream_capturing(),
-        }
 
 
 def _hyper(h: Hyper) -> Any:

@@ -12,7 +12,8 @@ Each class below says where its decay enters. All of them take, like torch.optim
                  numbers >= 0, betas below 1; lr and weight_decay may be 0-d tensors
     amsgrad      max(v) over the steps so far takes v's place in u (Reddi et al. 2018)
     maximize     ascent: g is negated first
-    capturable   for CUDA graphs
+    capturable   for CUDA graphs: steps are counted on the GPU, and lr and weight_decay, if they are
+                 tensors there, are read by each replay
     anchor       what weights decay to: "zero"; "initial", their values at construction; or a list
                  of tensors, one for each parameter of the group, copied (L2-SP, arXiv 1802.01483)
     decay_schedule   plain data from wdkernels.schedules, or None
@@ -331,12 +332,15 @@ class _Adam(torch.optim.Optimizer):
     def _complete_state(self, p: Tensor, hyper: Hyper) -> dict[str, Any]:
         """A parameter's state, with what it lacks added. Missing moments are zero."""
         state: dict[str, Any] = self.state[p]
+        # As torch.optim: on the CPU, where the host reads it each step, unless that is not to wait.
+        device = torch.device("cpu") if hyper.live is None else p.device
         if "step" not in state:
-            # As torch.optim: on the CPU, because the host reads it each step.
             wide = torch.get_default_dtype() == torch.float64
             state["step"] = torch.zeros(
-                (), dtype=torch.float64 if wide else torch.float32, device="cpu"
+                (), dtype=torch.float64 if wide else torch.float32, device=device
             )
+        elif state["step"].device != device:  # capturable has been switched
+            state["step"] = state["step"].to(device)
         for key in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if hyper.amsgrad else [])):
             if key not in state:
                 state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
