@@ -155,7 +155,7 @@ __device__ void update_chunk(const GpuWork& work, const Chunk& chunk, double (&s
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 4)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 5 : 4)
     update_kernel(const GpuWork work) {
   double unused[3] = {};
   for (int k = work.first_chunk + blockIdx.x; k < work.last_chunk; k += gridDim.x)

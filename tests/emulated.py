@@ -43,7 +43,7 @@ def missing() -> str | None:
 
 @cache
 def module() -> ModuleType:
-    """`wdkernels._C` as if there were a GPU; in a namespace of its own, so that types stay apart."""
+    """`wdkernels._C` as if there were a GPU; its namespace is its own, to keep types apart."""
     import pybind11
 
     assert COMPILER
