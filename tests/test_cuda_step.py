@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from variants import (
+    METHODS,
     VARIANTS,
     Variant,
     assert_same_bits,
@@ -310,3 +312,54 @@ def test_a_capture_needs_capturable(gpu: emulated.Machine) -> None:
     with pytest.raises(RuntimeError, match="capturable=True"):
         optimizer.step()
     assert optimizer.state[params[0]]["step"] == 1
+
+
+# ---- what CUDA may say ---------------------------------------------------------------------------
+
+ILLEGAL_ADDRESS, NO_CODE, OLD_DRIVER = 700, 209, 35  # cudaError_t
+
+
+def fail(call: str, error: int, passing: int = 0) -> None:
+    """The next call but `passing` of a function of the runtime fails."""
+    library = ctypes.CDLL(emulated.module().__file__)
+    library.wdk_emulate_failure(call.encode(), passing, error)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_launch_that_fails(method: str, gpu: Any) -> None:
+    params = model()
+    optimizer = Variant(method).build(params, "native")
+    optimizer.step()
+    before = snapshot(optimizer, params)
+    fail("cudaLaunchKernelEx", ILLEGAL_ADDRESS)
+    with pytest.raises(RuntimeError, match=r"failed: .*If an earlier kernel.*CUDA_LAUNCH_BLOCKING"):
+        optimizer.step()
+    assert_same_bits(snapshot(optimizer, params), before)
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            "cudaFuncGetAttributes",
+            NO_CODE,
+            r"this build has no code for compute capability 8.0: .*ARCHS=80",
+        ),
+        (
+            "cudaFuncGetAttributes",
+            OLD_DRIVER,
+            "the driver, for CUDA 13.0, is too old for this build, made with",
+        ),
+        ("cudaDriverGetVersion", OLD_DRIVER, "there is no NVIDIA driver"),
+        ("cudaSetDevice", ILLEGAL_ADDRESS, "CUDA says: "),
+    ],
+)
+def test_a_machine_it_cannot_run_on(call: str, error: int, message: str, gpu: Any) -> None:
+    """Said when it is asked for; `auto` goes on to the next backend."""
+    fail(call, error)
+    with pytest.raises(ValueError, match=f"backend 'native' can't be had: {message}"):
+        wd.AdamW(model(), backend="native").step()
+    fail(call, error)
+    wd.AdamW(model()).step()
