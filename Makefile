@@ -28,7 +28,7 @@ lint: $(VENV)/ready ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/* tests/cuda/*)
 
 wheel: $(VENV)/ready ## build a source archive, and from it a wheel (dist/)
 	$(BIN)/python -m build --outdir dist
@@ -40,7 +40,7 @@ clean: ## remove whatever the other targets made, .venv included
 
 # ---- set-up: each stamp in .venv is newer than what it was made from -----------------------------
 
-$(VENV)/installed: $(VENV)/ready setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+$(VENV)/installed: $(VENV)/ready setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/* tests/cuda/*)
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
 	@touch $@
 
