@@ -40,7 +40,7 @@ clean: ## remove whatever the other targets made, .venv included
 
 # ---- set-up: each stamp in .venv is newer than what it was made from -----------------------------
 
-$(VENV)/installed: $(VENV)/ready setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/* tests/cuda/*)
+$(VENV)/installed: $(VENV)/ready setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
 	@touch $@
 

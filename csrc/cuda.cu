@@ -52,11 +52,12 @@ struct Width {
   static constexpr int value = n;
 };
 
-template <class T, class Body>
+// `ahead`: how many are begun before the first is done; of use where nothing is stored.
+template <int ahead, class T, class Body>
 __device__ void for_each_vector(const Streams<T>& s, int size, const Body& body) {
   constexpr int n = 16 / sizeof(T);
   const int whole = aligned(s) ? size - size % n : 0;
-#pragma unroll 1
+#pragma unroll ahead
   for (int i = threadIdx.x * n; i < whole; i += kThreads * n) body(Width<n>{}, i);
 #pragma unroll 1
   for (int i = whole + threadIdx.x; i < size; i += kThreads) body(Width<1>{}, i);
@@ -149,7 +150,7 @@ __device__ void update_chunk(const GpuWork& work, const Chunk& chunk, double (&s
   const Coefficients<T> c = coefficients_of<T>(work, row);
   Variant is = row.hyper.is;
   if (projected) is.decay = Decay::projection;  // known to the compiler
-  for_each_vector(s, chunk.size, [&](auto width, int i) {
+  for_each_vector<1>(s, chunk.size, [&](auto width, int i) {
     update_vector<projected, decltype(width)::value>(s, i, c, is, sums);
   });
 }
@@ -174,7 +175,7 @@ __device__ double reduce_chunk(const GpuWork& work, const Chunk& chunk) {
   const bool amsgrad = row.hyper.is.amsgrad;
   const T one_minus_beta2 = T(row.numbers.one_minus_beta2);
   double sum = 0;
-  for_each_vector(s, chunk.size, [&](auto width, int i) {
+  for_each_vector<4>(s, chunk.size, [&](auto width, int i) {
     constexpr int n = decltype(width)::value;
     const Vector<T, n> g = load<n>(s.g, i);
     if (amsgrad) {
@@ -231,7 +232,7 @@ __device__ void pull_chunk(const GpuWork& work, const Chunk& chunk, T shrink) {
   const Tensor& tensor = work.tensors[chunk.tensor];
   const bool anchored = work.rows[tensor.row].hyper.is.anchored;
   const Streams<T> s(tensor, chunk.begin);
-  for_each_vector(s, chunk.size, [&](auto width, int i) {
+  for_each_vector<1>(s, chunk.size, [&](auto width, int i) {
     constexpr int n = decltype(width)::value;
     Vector<T, n> w = load<n>(s.w, i), a;
     if (anchored) a = load<n>(s.a, i);

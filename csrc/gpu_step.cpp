@@ -9,15 +9,22 @@ namespace wdk {
 
 namespace {
 
-// Elements of a chunk: large ones for a large model, as small as fills the device for a small one.
-// SPD's are small, because what is between a step and its second touch must fit the L2 cache.
+// Elements of a chunk. SPD's are small, because what is between a step and its second touch must fit
+// the L2 cache.
 constexpr int64_t kLargestChunk = 16384;
 constexpr int64_t kSmallestChunk = 2048;
-constexpr int64_t kChunksPerBlock = 4;
+constexpr int64_t kGranule = 512;  // what a block takes at once
 
 // Elements of a batch of SPD's tensors, and elements updated before its second touch: more than the
 // device has at work at a time, and their 20 bytes each less than its L2 cache holds.
 constexpr int64_t kBatch = 1 << 20;
+
+// Such that all blocks have equally much to do, in as few rounds as the largest chunk allows.
+int64_t chunk_for(int64_t elements, int64_t blocks) {
+  const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t rounds = std::max<int64_t>(ceil(elements, blocks * kLargestChunk), 1);
+  return std::max(ceil(ceil(elements, blocks * rounds), kGranule) * kGranule, kSmallestChunk);
+}
 
 // Appends tables to a run of bytes, each where 16-byte accesses may find it.
 class Tables {
@@ -69,9 +76,7 @@ void GpuStep::plan(const std::vector<Tensor>& tensors, bool projected) {
   int64_t elements = 0;
   for (const Tensor& tensor : tensors) elements += tensor.numel;
   elements_ = static_cast<double>(elements);
-  int64_t chunk = projected ? kSmallestChunk : kLargestChunk;
-  while (chunk > kSmallestChunk && elements / chunk < kChunksPerBlock * resident_blocks_)
-    chunk /= 2;
+  const int64_t chunk = projected ? kSmallestChunk : chunk_for(elements, resident_blocks_);
   for (DType dtype : {DType::float32, DType::float64}) add_list(dtype, tensors, chunk, projected);
 }
 
