@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint wheel clean
+.PHONY: help demo test bench lint wheel wheels clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -32,6 +32,9 @@ lint: $(VENV)/ready ## check style and types
 
 wheel: $(VENV)/ready ## build a source archive, and from it a wheel (dist/)
 	$(BIN)/python -m build --outdir dist
+
+wheels: $(VENV)/ready ## wheels to hand out: without CUDA, and for each toolkit in CUDA_HOMES
+	.ci/wheels $(BIN)/python
 
 clean: ## remove whatever the other targets made, .venv included
 	rm -rf $(VENV) build dist examples/out *.egg-info wdkernels/_C.*.so
