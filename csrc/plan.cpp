@@ -40,13 +40,14 @@ Layout layout_of(const py::object& tensor, DLDevice device) {
 
 // ---- building ----------------------------------------------------------------------------------
 
-const std::array<PyObject*, Plan::kSlots>& Plan::slot_names() {
-  static const std::array<PyObject*, kSlots> names = {
-      PyUnicode_InternFromString("step"),       PyUnicode_InternFromString("exp_avg"),
-      PyUnicode_InternFromString("exp_avg_sq"), PyUnicode_InternFromString("max_exp_avg_sq"),
-      PyUnicode_InternFromString("anchor"),     PyUnicode_InternFromString("exp_avg_sq_sum"),
-  };
-  return names;
+int Plan::slot_of(PyObject* name) {
+  static const std::array<const char*, kSlots> names = {
+      "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor", "exp_avg_sq_sum"};
+  int slot = 0;
+  while (slot < kSlots &&
+         !(PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, names[slot]) == 0))
+    ++slot;
+  return slot;
 }
 
 Plan::Plan(py::dict state, py::list groups, int32_t device, py::object memory)
@@ -84,16 +85,18 @@ void Plan::add_parameter(py::object parameter, py::object weight, py::object sta
   p.state = std::move(state);
   p.group = group;
   if (!p.state.is_none()) {
-    for (int slot = 0; slot < kSlots; ++slot) {
-      PyObject* tensor = PyDict_GetItem(p.state.ptr(), slot_names()[slot]);
-      if (!tensor) continue;
+    for (auto [key, value] : py::reinterpret_borrow<py::dict>(p.state)) {
+      const int slot = slot_of(key.ptr());
+      p.entries.push_back({py::reinterpret_borrow<py::object>(key),
+                           py::reinterpret_borrow<py::object>(value), slot});
+      if (slot == kSlots) continue;
       DLTensor view;
-      if (!read(tensor, view) || !fits(view, slot, p.weight, hypers_.at(group).capturable))
+      if (!read(value.ptr(), view) || !fits(view, slot, p.weight, hypers_.at(group).capturable))
         throw std::invalid_argument("state tensor in another layout than its parameter");
-      p.stored[slot] = {py::reinterpret_borrow<py::object>(tensor), address(view), *dtype(view)};
+      p.stored[slot] = {true, address(view), *dtype(view)};
     }
     const Hyper& h = hypers_.at(group);
-    const auto missing = [&](Slot slot) { return !p.stored[slot].object; };
+    const auto missing = [&](Slot slot) { return !p.stored[slot].exists; };
     if (missing(kStep) || missing(kExpAvg) || missing(kExpAvgSq) ||
         (h.is.amsgrad && missing(kMaxExpAvgSq)) || (h.is.anchored && missing(kAnchor)) ||
         (h.stable && !h.is.amsgrad && missing(kExpAvgSqSum)))
@@ -124,7 +127,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
     Py_VISIT(p.weight_object.ptr());
     Py_VISIT(p.state.ptr());
     Py_VISIT(p.gradient.ptr());
-    for (const Stored& stored : p.stored) Py_VISIT(stored.object.ptr());
+    for (const Entry& entry : p.entries) Py_VISIT(entry.value.ptr());
   }
   return 0;
 }
@@ -146,15 +149,18 @@ bool Plan::unchanged(const Parameter& p) const {
   const bool capturable = hypers_[p.group].capturable;
   DLTensor view;
   if (!read(p.object.ptr(), view) || !(p.layout == view)) return false;
-  for (int slot = 0; slot < kSlots; ++slot) {
-    const Stored& known = p.stored[slot];
-    PyObject* now = PyDict_GetItem(p.state.ptr(), slot_names()[slot]);
-    if (now != known.object.ptr()) return false;
-    if (!now) continue;
-    if (!read(now, view) || address(view) != known.data ||
-        !fits(view, slot, p.weight, capturable) || *dtype(view) != known.dtype)
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  for (const Entry& entry : p.entries) {
+    if (!PyDict_Next(p.state.ptr(), &position, &key, &value) || key != entry.key.ptr())
+      return false;
+    if (entry.slot == kSlots) continue;
+    const Stored& known = p.stored[entry.slot];
+    if (value != entry.value.ptr() || !read(value, view) || address(view) != known.data ||
+        !fits(view, entry.slot, p.weight, capturable) || *dtype(view) != known.dtype)
       return false;
   }
+  if (PyDict_Size(p.state.ptr()) != static_cast<Py_ssize_t>(p.entries.size())) return false;
   return true;
 }
 

@@ -44,15 +44,21 @@ class Plan {
  private:
   // The state tensors of a parameter, named as in torch.optim.
   enum Slot { kStep, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAnchor, kExpAvgSqSum, kSlots };
-  static const std::array<PyObject*, kSlots>& slot_names();
+  static int slot_of(PyObject* name);
   static bool is_scalar(int slot) { return slot == kStep || slot == kExpAvgSqSum; }
   bool fits(const DLTensor& view, int slot, const Layout& weight, bool capturable) const;
 
   // A tensor in the state; elements in the order of the weight, or a single number.
   struct Stored {
-    py::object object;  // null where the state has no such entry
+    bool exists = false;
     void* data = nullptr;
     DType dtype = DType::float32;
+  };
+
+  // What a state holds, in its order: walking through a dict costs less than looking things up.
+  struct Entry {
+    py::object key, value;
+    int slot;  // or kSlots: none of ours
   };
 
   struct Parameter {
@@ -61,6 +67,7 @@ class Plan {
     Layout weight;  // the layout of what the loops write
     py::object weight_object;
     py::object state;
+    std::vector<Entry> entries;
     std::array<Stored, kSlots> stored;
     int32_t group;
     py::object gradient;
