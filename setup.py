@@ -138,6 +138,14 @@ def number_of(chip: str) -> int:
     return int(re.sub(r"\D", "", chip))  # without the a of 90a
 
 
+def another_nvcc(build: Path, settings: dict[str, str | None]) -> bool:
+    """Whether CMake knows one already: told of another, it would forget all other settings."""
+    cache = build / "CMakeCache.txt"
+    text = cache.read_text() if cache.exists() else ""
+    known = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", text, re.MULTILINE)
+    return known is not None and settings.get("CMAKE_CUDA_COMPILER", known[1]) != known[1]
+
+
 class DistInfo(dist_info):
     """The metadata come first, so a missing compiler is reported before pip downloads torch."""
 
@@ -178,7 +186,7 @@ class CMakeBuild(build_ext):
         }
         configure = ["-G", "Ninja", "-S", ROOT, "-B", build]
         configure += [f"-D{name}={value}" for name, value in settings.items()]
-        if not self.editable_mode:
+        if not self.editable_mode or another_nvcc(build, settings):
             configure += ["--fresh"]
         install = ["--install", build, "--prefix", package, "--strip"]
         for arguments in (configure, ["--build", build], install):
