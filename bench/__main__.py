@@ -6,20 +6,30 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from bench import chart, machine, report
 from bench.conftest import OPTIONS
-from bench.results import Results
+from bench.results import Absence, Results
 
 HERE = Path(__file__).parent
 
 
-class Undotted:
-    """No dots in between the progress bars."""
+class Reporter:
+    """No dots in between the progress bars, and a note of what could not be measured."""
+
+    def __init__(self) -> None:
+        self.absent: list[Absence] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            properties = (value for _, value in report.user_properties)
+            self.absent += [value for value in properties if isinstance(value, Absence)]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
@@ -36,7 +46,11 @@ def main() -> int:
         help="folder for JSON, Markdown and chart (default: bench/results for a full run, none for "
         "a part of it)",
     )
+    parser.add_argument("--commit", help="what was measured, where git cannot say it")
     options = parser.parse_args()
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch finds no GPU on this machine")
+    reporter = Reporter()
     part = options.quick or options.workload
 
     with tempfile.TemporaryDirectory() as folder:
@@ -52,10 +66,12 @@ def main() -> int:
             "--quiet",
             "--no-header",
         ]
-        status = pytest.main(arguments, plugins=[Undotted()])
+        status = pytest.main(arguments, plugins=[reporter])
         if not measured.exists():
             return int(status)
-        results = Results.of(json.loads(measured.read_text()))
+        results = Results.of(json.loads(measured.read_text()), reporter.absent)
+    if options.commit:
+        results = replace(results, commit=options.commit)
 
     console = Console()
     console.width = max(console.width, 100)  # where there is no terminal, it is 80

@@ -71,7 +71,7 @@ def _memory(axes: Axes, results: Results) -> None:
 def _models(axes: Axes, results: Results) -> None:
     _title(axes, "Faster on whole models?", "AdamW, milliseconds a step")
     rows = _adamw(results, "gpt2", MAKERS[:3]) + _adamw(results, "resnet50", MAKERS[:3])
-    _bars(axes, (Bar(r.maker, r.ms, f"{r.ms:.3g} ms", _color(r), r.title) for r in rows))
+    _bars(axes, (Bar(r.maker, r.ms(), f"{r.ms():.3g} ms", _color(r), r.title) for r in rows))
 
 
 def _decays(axes: Axes, results: Results) -> None:
@@ -104,13 +104,13 @@ def _small(axes: Axes, results: Results) -> None:
         rows = _adamw(results, workload, ("wdkernels", "torch fused"))
         if len(rows) < 2:
             continue
-        y, times = len(titles), [row.ms for row in rows]
+        y, times = len(titles), [row.ms() for row in rows]
         axes.plot(times, [y, y], color=FAINT, linewidth=3, zorder=1)
         axes.scatter(times, [y, y], s=120, c=[_color(row) for row in rows], zorder=2)
         for row, side, align in zip(rows, (-11, 11), ("right", "left"), strict=True):
-            _note(axes, _number(row.ms), (row.ms, y), (side, 0), ha=align, va="center")
+            _note(axes, _number(row.ms()), (row.ms(), y), (side, 0), ha=align, va="center")
             if not titles:
-                _note(axes, row.maker, (row.ms, y), (0, 14), ha=align)
+                _note(axes, row.maker, (row.ms(), y), (0, 14), ha=align)
         speed = f"{rows[1].time_over(rows[0]):.0f}×"
         _note(axes, speed, (math.sqrt(times[0] * times[1]), y), (0, 5), ha="center", weight="bold")
         titles.append(rows[0].title)
@@ -130,7 +130,7 @@ def _groups(axes: Axes, results: Results) -> None:
         if not rows:
             continue
         color = _color(rows[0])
-        points = [(row.groups, row.ms) for row in rows]
+        points = [(row.groups, row.ms()) for row in rows]
         axes.plot(*zip(*points, strict=True), color=color, linewidth=3, marker="o", markersize=10)
         for point in points:
             _note(axes, _number(point[1]), point, (0, 10), ha="center")

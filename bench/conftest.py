@@ -10,7 +10,7 @@ import torch
 from bench import machine
 from bench.contenders import contenders
 from bench.runner import Case
-from bench.workloads import FULL, QUICK
+from bench.workloads import FULL, QUICK, on_gpu
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--quick": {
@@ -19,11 +19,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--workload": {
         "action": "append",
-        "choices": [w.name for w in (*FULL, *QUICK)],
+        "choices": list(dict.fromkeys(w.name for w in (*FULL, *on_gpu(1 << 50), *QUICK))),
         "default": [],
         "help": "only this one; may be given several times",
     },
-    "--device": {"default": "cpu", "help": "where the tensors are (default: cpu)"},
+    "--device": {"default": "cpu", "help": "cpu, the default, or cuda: where the tensors are"},
 }
 
 
@@ -35,6 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "name" in metafunc.fixturenames:
         metafunc.parametrize("name", list(_cases(metafunc.config)))
+    if "contender" in metafunc.fixturenames:
+        steps = [c for c in contenders(_device(metafunc.config)) if c.method != "limit"]
+        metafunc.parametrize("contender", steps, ids=lambda contender: contender.name)
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
@@ -56,14 +59,17 @@ def _device(config: pytest.Config) -> torch.device:
 
 
 def _cases(config: pytest.Config) -> dict[str, Case]:
-    workloads = QUICK if config.getoption("--quick") else FULL
+    device = _device(config)
+    full = FULL if device.type == "cpu" else on_gpu(machine.gpu_memory(device))
+    workloads = QUICK if config.getoption("--quick") else full
     if names := config.getoption("--workload"):
-        workloads = tuple(w for w in (*FULL, *QUICK) if w.name in names)
+        workloads = tuple(w for w in (*full, *QUICK) if w.name in names)
     cases = (
         Case(workload, contender, groups)
         for workload in workloads
         for groups in workload.groups
-        for contender in contenders(_device(config))
+        for contender in contenders(device)
+        if contender.maker not in workload.without
         if groups == 1 or contender.method != "limit"  # memory knows no groups
     )
     return {str(case): case for case in cases}

@@ -32,7 +32,8 @@ class Contender:
     maker: str
     method: str
     build: Callable[[Groups], Any]  # an Optimizer; Any because `partial` of a class is not typed
-    bytes: int = PLAIN
+    bytes: int = PLAIN  # per element
+    total_bytes: int = 0  # instead, where they do not depend on the workload
     # SPD alone: whether the decay of every tensor fires in every step, or of none in any. What a
     # step moves again for those that fired is not counted, for it may come from the cache.
     fires: bool = False
@@ -45,7 +46,8 @@ class Contender:
 
 
 def contenders(device: torch.device) -> list[Contender]:
-    return [*_limit(device), *_ours(), *_torch(), *_deepspeed(device), *_eager()]
+    ours = _ours() if device.type == "cpu" else [*_ours("native"), *_ours_in_triton()]
+    return [*_limit(device), *ours, *_torch(), *_apex(device), *_deepspeed(device), *_eager()]
 
 
 def _contender(
@@ -59,17 +61,19 @@ def _contender(
     **options: Any,
 ) -> Contender:
     build = partial(factory, **{**ADAM, **options})
-    return Contender(maker, method, build, PLAIN + more, fires, every)
+    return Contender(maker, method, build, PLAIN + more, fires=fires, every=every)
 
 
 def _limit(device: torch.device) -> list[Contender]:
-    if device.type != "cpu" or limit.compiler() is None:
+    if device.type != "cpu":
+        return [Contender("memory", "limit", limit.Copy, total_bytes=limit.Copy.BYTES)]
+    if limit.compiler() is None:
         return []
     return [Contender("memory", "limit", limit.Stream, look_up=limit.Stream.look_up)]
 
 
-def _ours() -> list[Contender]:
-    ours = partial(_contender, "wdkernels")
+def _ours(backend: str = "auto") -> list[Contender]:
+    ours = partial(_contender, "wdkernels", backend=backend)
     adamw = partial(ours, factory=wd.AdamW)
     spd = partial(ours, factory=wd.AdamSPD, weight_decay=1.0)
     return [
@@ -91,6 +95,17 @@ def _ours() -> list[Contender]:
     ]
 
 
+def _ours_in_triton() -> list[Contender]:
+    ours = partial(_contender, "wdkernels triton", backend="triton")
+    spd = partial(ours, factory=wd.AdamSPD, weight_decay=1.0, more=ANCHOR)
+    return [
+        ours("AdamW", wd.AdamW),
+        ours("AdamSWD", wd.AdamSWD, more=NORM),
+        spd("AdamSPD fires", fires=True),
+        spd("AdamSPD rests"),
+    ]
+
+
 def _torch() -> list[Contender]:
     adamw = partial(_contender, method="AdamW", factory=torch.optim.AdamW)
     return [
@@ -102,15 +117,29 @@ def _torch() -> list[Contender]:
     ]
 
 
-def _deepspeed(device: torch.device) -> list[Contender]:
-    """DeepSpeedCPUAdam, where it is installed. Its first use ever compiles it: minutes."""
-    if device.type != "cpu" or find_spec("deepspeed") is None:
+def _apex(device: torch.device) -> list[Contender]:
+    """FusedAdam, where apex is installed with its kernels."""
+    if device.type == "cpu" or not (find_spec("apex") and find_spec("amp_C")):
         return []
 
     def build(params: Groups, **options: Any) -> Any:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and says so
+        return import_module("apex.optimizers").FusedAdam(params, adam_w_mode=True, **options)
+
+    return [_contender("apex", "AdamW", build)]
+
+
+def _deepspeed(device: torch.device) -> list[Contender]:
+    """DeepSpeedCPUAdam or FusedAdam, where it is installed. The first use compiles it: minutes."""
+    if find_spec("deepspeed") is None:
+        return []
+
+    def build(params: Groups, **options: Any) -> Any:
+        if device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and says so
         module = import_module("deepspeed.ops.adam")
-        return module.DeepSpeedCPUAdam(params, adamw_mode=True, **options)
+        if device.type == "cpu":
+            return module.DeepSpeedCPUAdam(params, adamw_mode=True, **options)
+        return module.FusedAdam(params, adam_w_mode=True, **options)
 
     return [_contender("DeepSpeed", "AdamW", build)]
 

@@ -13,13 +13,14 @@ import torch
 
 import wdkernels
 from bench import limit
+from wdkernels import native
 
 INSTRUCTION_SETS = ("sse4_2", "avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
 
 def describe(device: torch.device) -> dict[str, str | int]:
     return {
-        "device": _processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        **({"device": _processor()} if device.type == "cpu" else _gpu(device)),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
@@ -30,6 +31,7 @@ def describe(device: torch.device) -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "wdkernels": wdkernels.__version__,
+        "triton": _version("triton"),
         "deepspeed": _version("deepspeed"),
         "compiler": _compiler(),
     }
@@ -37,8 +39,49 @@ def describe(device: torch.device) -> dict[str, str | int]:
 
 def slug(description: dict[str, str | int]) -> str:
     """The machine's name in file names."""
-    name = f"{description['device']} {description['cores']} cores"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", title(description).lower()).strip("-")
+
+
+def title(description: dict[str, str | int]) -> str:
+    """A GPU, or a processor with so many cores."""
+    name = str(description["device"])
+    return name if "driver" in description else f"{name}, {description['cores']} cores"
+
+
+def gpu_memory(device: torch.device) -> int:
+    """Bytes that a GPU has for us: what others and the driver take is a guess."""
+    return torch.cuda.get_device_properties(device).total_memory * 9 // 10
+
+
+def _gpu(device: torch.device) -> dict[str, str | int]:
+    chip = torch.cuda.get_device_properties(device)
+    return {
+        "device": chip.name,
+        "multiprocessors": chip.multi_processor_count,
+        "compute capability": f"{chip.major}.{chip.minor}",
+        "L2 cache": f"{chip.L2_cache_size / 2**20:.0f} MiB",
+        "device memory": f"{chip.total_memory / 2**30:.0f} GiB",
+        "driver": _driver(),
+        "CUDA of torch": torch.version.cuda or "none",
+        "CUDA of wdkernels": _cuda_of_wdkernels(),
+    }
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return (run.stdout.split() or ["unknown"])[0]
+
+
+def _cuda_of_wdkernels() -> str:
+    made_with = native._C.cuda() if hasattr(native, "_C") else None
+    if made_with is None:
+        return "none"
+    toolkit, chips = made_with
+    return f"{toolkit // 1000}.{toolkit % 1000 // 10}, compiled for {', '.join(map(str, chips))}"
 
 
 def _cpuinfo(*keys: str) -> str:

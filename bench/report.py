@@ -9,25 +9,38 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench import machine
 from bench.results import Results, Row
-from bench.targets import TARGETS
+from bench.targets import targets
 
-NOTES = """\
+ON_CPU = """\
 Contenders take turns, one timed step each per round, on the same weights, gradients and state;
 gradients are fresh in each step, as training makes them, and with many small tensors an untimed
 step precedes the timed one. **ms** is the median time of `optimizer.step()`; a ratio is the median
-of the ratios within rounds. **GB/s** counts the bytes that a step of the method must move, however
-it is programmed: 28 per float32 element for AdamW (weights, gradient and two moments read, all but
-the gradient written), 4 more for an anchor, 8 more for amsgrad, 4 more for AdamSWD, which needs the
-sum over all gradients before it writes. **Of limit** is the share of the
-GB/s of a loop that reads and writes the streams of AdamW with one addition each (bench/limit.py).
-**Over fused** is the speed over that of torch.optim.AdamW(fused=True), whatever the method, and
-**10 groups** the time with the tensors dealt out to so many param groups over the time with one.
+of the ratios within rounds."""
+ON_GPU = """\
+Contenders take turns on the same weights, gradients and state; gradients are fresh in each step, as
+training makes them. A turn is two steps. The first is queued while the device is kept waiting:
+**kernel ms** is the time between device events before and after it, what the step costs where the
+host runs ahead, as in training. (Where a step makes the host wait or queues thousands of kernels,
+the host's time is in it.) The second starts with nothing under way: **wall ms** is the host's clock
+from there until all is done. Times are medians over the rounds, a ratio is the median of the ratios
+within rounds; those in a column that does not say wall are of kernel times."""
+NOTES = """\
+**GB/s** counts the bytes that a step of the method must move, however it is programmed: 28 per
+float32 element for AdamW (weights, gradient and two moments read, all but the gradient written), 4
+more for an anchor, 8 more for amsgrad, 4 more for AdamSWD, which needs the sum over all gradients
+before it writes. **Of limit** is the share of the GB/s of {limit} (bench/limit.py).
+**Over fused** is the speed over that of torch.optim.AdamW(fused=True), whatever the method{groups}.
 
 *wdkernels* is this project, *eager* its formulas in plain PyTorch, *paper* the papers' formulas in
 the style of research code (bench/papers.py). AdamSPD *fires* where each step's decay fires for
 every tensor, and *rests* where for none; *zero* is an anchor at zero instead of the initial
 weights."""
+LOOP = "a loop that reads and writes the streams of AdamW with one addition each"
+COPY = "a copy of two gigabytes within the device's memory, read and written bytes counted"
+GROUPS = """, and
+**10 groups** the time with the tensors dealt out to so many param groups over the time with one"""
 
 
 def print_table(results: Results, console: Console) -> None:
@@ -40,11 +53,18 @@ def print_table(results: Results, console: Console) -> None:
         for row in rows:
             table.add_row(*_cells(row, results), style="bold" if row.maker == "wdkernels" else "")
         console.print(table)
+    for line in _absences(results):
+        console.print(line)
 
 
 def to_json(results: Results) -> str:
     """Machine, date, commit, and a line for each row."""
-    head = {"machine": results.machine, "date": results.date, "commit": results.commit}
+    head = {
+        "machine": results.machine,
+        "date": results.date,
+        "commit": results.commit,
+        "absent": [absence._asdict() for absence in results.absent],
+    }
     lines = ",\n".join(f"  {json.dumps(_entry(row, results))}" for row in results.rows)
     return json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n'
 
@@ -54,19 +74,27 @@ def to_markdown(results: Results, chart: str) -> str:
 
 
 def _entry(row: Row, results: Results) -> dict[str, Any]:
+    times: dict[str, Any] = {}
+    for name, wall in _clocks(results).items():
+        times[f"{name}ms"] = _short(row.ms(wall))
+        times[f"{name}quartiles_ms"] = [_short(ms) for ms in row.quartiles_ms(wall)]
+        times[f"{name}over_torch_fused"] = _short(results.of_fused(row, wall))
     return {
         "workload": row.workload,
         "maker": row.maker,
         "method": row.method,
         "groups": row.groups,
         "bytes": row.bytes,
-        "ms": _short(row.ms),
-        "quartiles_ms": [_short(ms) for ms in row.quartiles_ms],
+        **times,
         "GB/s": _short(row.gbs),
         "of_limit": _short(results.of_limit(row)),
-        "over_torch_fused": _short(results.of_fused(row)),
         "rounds": len(row.seconds),
     }
+
+
+def _clocks(results: Results) -> dict[str, bool]:
+    """A prefix for each clock, and whether it is the wall's."""
+    return {"kernel_": False, "wall_": True} if results.on_gpu else {"": False}
 
 
 def _short(x: float | None) -> float | None:
@@ -80,11 +108,15 @@ def _single_group(results: Results, workload: str) -> list[Row]:
 def _headings(results: Results, workload: str) -> tuple[str, ...]:
     counts = dict.fromkeys(row.groups for row in results.rows if row.workload == workload)
     groups = (f"{count} groups" for count in counts if count > 1)
-    return ("contender", "ms", "GB/s", "of limit", "over fused", *groups)
+    times = ("kernel ms", "wall ms") if results.on_gpu else ("ms",)
+    fused = ("over fused", "over fused, wall") if results.on_gpu else ("over fused",)
+    return ("contender", *times, "GB/s", "of limit", *fused, *groups)
 
 
 def _cells(row: Row, results: Results) -> tuple[str, ...]:
-    limit, fused = results.of_limit(row), results.of_fused(row)
+    clocks = _clocks(results).values()
+    limit = results.of_limit(row)
+    fused = (results.of_fused(row, wall) for wall in clocks)
     grouped = (
         other
         for other in results.rows
@@ -93,31 +125,43 @@ def _cells(row: Row, results: Results) -> tuple[str, ...]:
     )
     return (
         row.name,
-        f"{row.ms:#.3g}".rstrip("."),
+        *(f"{row.ms(wall):#.3g}".rstrip(".") for wall in clocks),
         f"{row.gbs:#.3g}".rstrip("."),
         "unmeasured" if limit is None else f"{limit:.0%}",
-        "" if fused is None else f"{fused:.3g}×",
+        *("" if speed is None else f"{speed:.3g}×" for speed in fused),
         *(f"{other.time_over(row):.2f}×" for other in grouped),
     )
 
 
 def _markdown(results: Results, chart: str) -> Iterator[str]:
     m = results.machine
-    yield f"# Speed on {m['device']}, {m['cores']} cores\n"
+    on_gpu = results.on_gpu
+    grouped = any(row.groups > 1 for row in results.rows)
+    yield f"# Speed on {machine.title(m)}\n"
     yield f"![chart]({chart})\n"
-    yield f"Measured on {results.date} at commit {results.commit} by `make bench`.\n"
+    command = "make gpu" if on_gpu else "make bench"
+    yield f"Measured on {results.date} at commit {results.commit} by `{command}`.\n"
     yield from _table(("", ""), m.items())
-    yield "\n" + NOTES
+    yield "\n" + (ON_GPU if on_gpu else ON_CPU)
+    yield NOTES.format(limit=COPY if on_gpu else LOOP, groups=GROUPS if grouped else "")
     yield "\n## Targets\n"
     yield from _table(("", "target", "measured", ""), _answers(results))
     for workload in results.workloads():
         rows = _single_group(results, workload)
         yield f"\n## {rows[0].title}\n"
         yield from _table(_headings(results, workload), (_cells(row, results) for row in rows))
+    if results.absent:
+        yield "\n## Not measured\n"
+        yield from (f"- {line}" for line in _absences(results))
+
+
+def _absences(results: Results) -> Iterator[str]:
+    for workload, name, reason in results.absent:
+        yield f"{workload}: {name} ({reason})"
 
 
 def _answers(results: Results) -> Iterator[tuple[str, ...]]:
-    for target in TARGETS:
+    for target in targets(results):
         found = {
             workload: figure
             for workload in target.workloads
@@ -125,10 +169,12 @@ def _answers(results: Results) -> Iterator[tuple[str, ...]]:
         }
         missed = [workload for workload, figure in found.items() if not target.met(figure)]
         verdict = "met" if found else "not measured"
+        if target.bound is None:
+            verdict = ""
         if missed:
             verdict = f"**missed** on {', '.join(missed)}"
         figures = (f"{figure:.3g}{target.unit} ({name})" for name, figure in found.items())
-        goal = f"{target.sign} {target.bound:g}{target.unit}"
+        goal = "" if target.bound is None else f"{target.sign} {target.bound:g}{target.unit}"
         yield (target.question, goal, ", ".join(figures), verdict)
 
 

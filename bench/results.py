@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ class Row:
     groups: int
     bytes: int
     seconds: dict[int, float]  # by round
+    kernel_seconds: dict[int, float] = field(default_factory=dict)  # likewise, by a GPU's own clock
 
     @property
     def name(self) -> str:
@@ -28,27 +29,37 @@ class Row:
     def in_groups(self) -> str:
         return f" ({self.groups} groups)" if self.groups > 1 else ""
 
-    @property
-    def ms(self) -> float:
-        return 1e3 * median(self.seconds.values())
+    def times(self, wall: bool = False) -> dict[int, float]:
+        """By the clock that counts: a GPU's, where there is one, unless the wall's is asked for."""
+        return self.seconds if wall else self.kernel_seconds or self.seconds
 
-    @property
-    def quartiles_ms(self) -> tuple[float, float]:
-        first, last = np.quantile(list(self.seconds.values()), (0.25, 0.75))
+    def ms(self, wall: bool = False) -> float:
+        return 1e3 * median(self.times(wall).values())
+
+    def quartiles_ms(self, wall: bool = False) -> tuple[float, float]:
+        first, last = np.quantile(list(self.times(wall).values()), (0.25, 0.75))
         return 1e3 * first, 1e3 * last
 
     @property
     def gbs(self) -> float:
-        return self.bytes / self.ms / 1e6
+        return self.bytes / self.ms() / 1e6
 
-    def time_over(self, other: Row) -> float:
+    def time_over(self, other: Row, wall: bool = False) -> float:
         """This one's time over the other's: the median of the ratios within rounds."""
-        common = self.seconds.keys() & other.seconds.keys()
-        return median(self.seconds[k] / other.seconds[k] for k in common)
+        mine, theirs = self.times(wall), other.times(wall)
+        return median(mine[k] / theirs[k] for k in mine.keys() & theirs.keys())
 
     def rate_over(self, other: Row) -> float:
         """This one's bytes per second over the other's."""
         return self.bytes / other.bytes / self.time_over(other)
+
+
+class Absence(NamedTuple):
+    """A contender that could not be measured."""
+
+    workload: str
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -57,9 +68,10 @@ class Results:
     date: str
     commit: str
     rows: tuple[Row, ...]
+    absent: tuple[Absence, ...] = ()
 
     @classmethod
-    def of(cls, benchmark_json: dict[str, Any]) -> Results:
+    def of(cls, benchmark_json: dict[str, Any], absent: Iterable[Absence] = ()) -> Results:
         """From what pytest-benchmark writes."""
         commit = benchmark_json["commit_info"]
         return cls(
@@ -67,7 +79,12 @@ class Results:
             date=benchmark_json["datetime"][:10],
             commit=commit["id"][:12] + (" and uncommitted changes" if commit["dirty"] else ""),
             rows=tuple(_row(b["stats"], **b["extra_info"]) for b in benchmark_json["benchmarks"]),
+            absent=tuple(absent),
         )
+
+    @property
+    def on_gpu(self) -> bool:
+        return any(row.kernel_seconds for row in self.rows)
 
     def find(self, workload: str, name: str) -> Row | None:
         found = (row for row in self.rows if row.workload == workload and row.name == name)
@@ -81,11 +98,17 @@ class Results:
         limit = self.find(row.workload, "memory limit")
         return row.rate_over(limit) if limit else None
 
-    def of_fused(self, row: Row) -> float | None:
+    def of_fused(self, row: Row, wall: bool = False) -> float | None:
         """How many of its steps torch's fused AdamW takes the time of."""
         fused = self.find(row.workload, f"torch fused AdamW{row.in_groups}")
-        return fused.time_over(row) if fused else None
+        return fused.time_over(row, wall) if fused else None
 
 
-def _row(stats: dict[str, Any], *, rounds: list[int], **fields: Any) -> Row:
-    return Row(**fields, seconds=dict(zip(rounds, stats["data"], strict=True)))
+def _row(
+    stats: dict[str, Any], *, rounds: list[int], kernel_seconds: list[float], **fields: Any
+) -> Row:
+    return Row(
+        **fields,
+        seconds=dict(zip(rounds, stats["data"], strict=True)),
+        kernel_seconds=dict(zip(rounds, kernel_seconds, strict=bool(kernel_seconds))),
+    )

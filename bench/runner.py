@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import random
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from bench.clock import Clock, clock_of
 from bench.contenders import Contender
 from bench.workloads import Workload
 
 WARM_UP = 2  # steps: the first makes the state, the second meets it where it will stay
 MOST_ROUNDS = 100
+LONGEST_LEAD = 0.05  # seconds that a GPU is kept waiting for the host at most
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,10 @@ class Case:
     workload: Workload
     contender: Contender
     groups: int
+
+    @property
+    def bytes(self) -> int:
+        return self.contender.total_bytes or self.contender.bytes * self.workload.numel
 
     def __str__(self) -> str:
         groups = f" ({self.groups} groups)" if self.groups > 1 else ""
@@ -38,38 +47,74 @@ class Record:
     """Seconds by round, or why there are none."""
 
     seconds: dict[int, float] = field(default_factory=dict)
-    error: Exception | None = None
+    kernel_seconds: dict[int, float] = field(default_factory=dict)  # none on a CPU
+    problem: str = ""
+    trace: str = ""  # as text: a traceback would hold on to the memory that was too little
+
+    def fail(self, error: Exception) -> None:
+        self.seconds, self.kernel_seconds = {}, {}
+        self.problem = OUT_OF_MEMORY
+        if not isinstance(error, torch.OutOfMemoryError):
+            self.problem = " ".join(f"{type(error).__name__}: {error}".split())
+            self.trace = traceback.format_exc()
 
 
-def measure(cases: Sequence[Case], device: torch.device, console: Console) -> dict[Case, Record]:
-    """Measure cases of one workload against each other."""
+@dataclass
+class Entrant:
+    """A contender that has warmed up."""
+
+    optimizer: Any
+    cost: float  # seconds of a turn, about
+    lead: float  # seconds that the host needs to queue a step on a GPU, at most
+
+
+def measure(
+    cases: Sequence[Case], device: torch.device, console: Console, clock: Clock | None = None
+) -> dict[Case, Record]:
+    """Measure cases of one workload against each other. What fails does not keep the others."""
     records = {case: Record() for case in cases}
-    workload = cases[0].workload
-    arena = Arena(workload, device)
+    try:
+        _measure(records, device, console, clock or clock_of(device))
+    except Exception as error:
+        for record in records.values():
+            record.fail(error)
+    _release_memory()
+    return records
+
+
+def _measure(
+    records: dict[Case, Record], device: torch.device, console: Console, clock: Clock
+) -> None:
+    workload = next(iter(records)).workload
+    arena = Arena(workload, device, clock)
     with ProgressBar(workload.title, console) as bar:
-        optimizers: dict[Case, Any] = {}
-        round_cost = 0.0
-        for case in cases:
+        entrants: dict[Case, Entrant] = {}
+        for case, record in records.items():
             bar.show(f"warming up {case.contender.name}")
             try:
-                optimizers[case], cost = arena.warm_up(case)
-                round_cost += cost / case.contender.every
-            except Exception as error:  # its test will raise it; the others go on
-                records[case].error = error
+                entrants[case] = arena.warm_up(case)
+            except Exception as error:
+                record.fail(error)
+            if record.problem:
+                _release_memory()
 
+        round_cost = sum(each.cost / case.contender.every for case, each in entrants.items())
         rounds = int(workload.seconds / max(round_cost, 1e-9))
         rounds = min(max(rounds, workload.rounds), MOST_ROUNDS)
         with _no_garbage_collection():
             for number in range(rounds):
-                turns = [case for case in optimizers if number % case.contender.every == 0]
+                turns = [case for case in entrants if number % case.contender.every == 0]
                 random.Random(number).shuffle(turns)
                 arena.set_out()
                 for case in turns:
                     bar.show(f"round {number + 1} of {rounds}", number / rounds)
-                    records[case].seconds[number] = arena.turn(case, optimizers[case])
+                    try:
+                        arena.turn(case, entrants[case], number, records[case])
+                    except torch.OutOfMemoryError as error:
+                        records[case].fail(error)
+                        del entrants[case]
         bar.show(f"{rounds} rounds", 1)
     arena.check()
-    return records
 
 
 class Arena:
@@ -79,9 +124,9 @@ class Arena:
     no more memory for thirty contenders than for one.
     """
 
-    def __init__(self, workload: Workload, device: torch.device) -> None:
+    def __init__(self, workload: Workload, device: torch.device, clock: Clock) -> None:
         generator = torch.Generator(device).manual_seed(0)
-        self._device = device
+        self._clock = clock
         self._params = [
             torch.randn(shape, generator=generator, device=device).requires_grad_()
             for shape in workload.shapes
@@ -93,16 +138,22 @@ class Arena:
         self._back = [-1e-6 * g for g in self._outward]
         self._state: dict[tuple[int, str], Tensor] = {}
 
-    def warm_up(self, case: Case) -> tuple[Any, float]:
-        """The optimizer, on the shared state, and the seconds that a turn of it costs."""
+    def warm_up(self, case: Case) -> Entrant:
+        """The optimizer, on the shared state."""
         groups = [{"params": self._params[k :: case.groups]} for k in range(case.groups)]
         optimizer = case.contender.build(groups)
         for _ in range(WARM_UP):
             start = time.perf_counter()
-            self._step(case.contender, optimizer, self._outward)
+            self._prepare(case.contender, optimizer, self._outward)
+            self._clock.wait()
+            ready = time.perf_counter()
+            optimizer.step()
+            queued = time.perf_counter()
+            self._clock.wait()
             cost = time.perf_counter() - start
             self._share_state(optimizer)
-        return optimizer, cost * (1 + case.workload.untimed)
+        lead = _lead(queued - ready)
+        return Entrant(optimizer, self._clock.turn_cost(cost, case.workload.untimed, lead), lead)
 
     def set_out(self) -> None:
         """Momentum outward, whoever's turn came before."""
@@ -110,32 +161,36 @@ class Arena:
             if name == "exp_avg":
                 value.copy_(self._outward[index])
 
-    def turn(self, case: Case, optimizer: Any) -> float:
-        """Seconds of one step."""
-        gradients = self._back if case.contender.fires else self._outward
+    def turn(self, case: Case, entrant: Entrant, number: int, record: Record) -> None:
+        """On a GPU, two steps: one for its clock and one for the host's."""
+        step = entrant.optimizer.step
+        prepare = partial(
+            self._prepare,
+            case.contender,
+            entrant.optimizer,
+            self._back if case.contender.fires else self._outward,
+        )
         for _ in range(case.workload.untimed):
-            self._step(case.contender, optimizer, gradients)
-        return self._step(case.contender, optimizer, gradients)
+            prepare()
+            step()
+        prepare()
+        kernel = self._clock.kernel(step, entrant.lead)
+        if kernel is not None:
+            record.kernel_seconds[number] = kernel
+            prepare()
+        wall = record.seconds[number] = self._clock.wall(step)
+        entrant.lead = min(entrant.lead, _lead(wall))
 
     def check(self) -> None:
         if not all(p.isfinite().all() for p in self._params):
             raise RuntimeError("the weights are no longer finite: these timings mean nothing")
 
-    def _step(self, contender: Contender, optimizer: Any, gradients: list[Tensor]) -> float:
+    def _prepare(self, contender: Contender, optimizer: Any, gradients: list[Tensor]) -> None:
         # Gradients as training makes them: in fresh memory, and not yet known to Python.
         for p in self._params:
             p.grad = None
         torch.autograd.backward(self._params, gradients)
         contender.look_up(optimizer)
-        self._synchronize()
-        start = time.perf_counter()
-        optimizer.step()
-        self._synchronize()
-        return time.perf_counter() - start
-
-    def _synchronize(self) -> None:
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
 
     def _share_state(self, optimizer: Any) -> None:
         for index, p in enumerate(self._params):
@@ -169,6 +224,16 @@ class ProgressBar:
 
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
+
+
+def _lead(host: float) -> float:
+    """Enough for what the host took once."""
+    return min(2 * host + 1e-4, LONGEST_LEAD)
+
+
+def _release_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where there is no GPU
 
 
 @contextmanager

@@ -10,11 +10,10 @@ import torch
 from rich.console import Console
 
 from bench.contenders import Contender, contenders
-from bench.runner import Case, Record, measure
+from bench.results import Absence
+from bench.runner import OUT_OF_MEMORY, Case, Record, measure
 
 pytestmark = pytest.mark.filterwarnings("default")  # the contenders' own are not ours to fix
-
-CPU = torch.device("cpu")
 
 
 class Tape:
@@ -71,39 +70,51 @@ def record_of(
     return record_of
 
 
-def test_step(case: Case, record_of: Callable[[Case], Record], tape: Tape, benchmark: Any) -> None:
+def test_step(
+    case: Case,
+    record_of: Callable[[Case], Record],
+    record_property: Callable[[str, object], None],
+    tape: Tape,
+    benchmark: Any,
+) -> None:
     record = record_of(case)
-    if record.error is not None:
-        raise record.error
+    if record.problem:
+        absence = Absence(case.workload.title, case.contender.name, record.problem)
+        record_property(Absence.__name__, absence)
+        if record.problem == OUT_OF_MEMORY:
+            pytest.skip(OUT_OF_MEMORY)
+        pytest.fail(record.trace, pytrace=False)
     benchmark.extra_info |= {
         "workload": case.workload.name,
         "title": case.workload.title,
         "maker": case.contender.maker,
         "method": case.contender.method,
         "groups": case.groups,
-        "bytes": case.contender.bytes * case.workload.numel,
+        "bytes": case.bytes,
         "rounds": list(record.seconds),
+        "kernel_seconds": list(record.kernel_seconds.values()),
     }
     seconds = iter(record.seconds.values())
     benchmark.pedantic(tape.play, setup=lambda: ((next(seconds),), {}), rounds=len(record.seconds))
 
 
-@pytest.mark.parametrize(
-    "contender",
-    [c for c in contenders(CPU) if c.method != "limit"],
-    ids=lambda contender: contender.name,
-)
-def test_contenders_of_a_method_compute_the_same(contender: Contender) -> None:
-    original = next(c for c in contenders(CPU) if c.method == contender.method)
-    torch.testing.assert_close(_train(contender), _train(original))
+def test_contenders_of_a_method_compute_the_same(
+    contender: Contender, device: torch.device
+) -> None:
+    original = next(c for c in contenders(device) if c.method == contender.method)
+    torch.testing.assert_close(_train(contender, device), _train(original, device))
 
 
-def _train(contender: Contender) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    params = [torch.randn(shape, requires_grad=True) for shape in ((40, 30), (7,))]
+def _train(contender: Contender, device: torch.device) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    params = [randn(shape).requires_grad_() for shape in ((40, 30), (7,))]
     optimizer = contender.build([{"params": [p]} for p in params])
     for _ in range(20):
         for p in params:
-            p.grad = torch.randn_like(p)
+            p.grad = randn(tuple(p.shape))
         optimizer.step()
     return [p.detach() for p in params]

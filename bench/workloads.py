@@ -20,6 +20,7 @@ class Workload:
     # Steps of a turn before the one that is timed. Where the host's work counts, the caches should
     # hold what they hold in training: this optimizer's objects, not those of eighty others.
     untimed: int = 0
+    without: tuple[str, ...] = ()  # makers whose one step would take what the others' rounds take
 
     @property
     def numel(self) -> int:
@@ -56,6 +57,35 @@ def _resnet50() -> Iterator[Shape]:
     yield from ((1000, inputs), (1000,))
 
 
+def _llama3(layers: int) -> Iterator[Shape]:
+    """Llama-3-8B: layers of width 4096, 8 heads of 128 for keys and values, embeddings untied."""
+    width, keys, inner, vocabulary = 4096, 1024, 14336, 128256
+    yield (vocabulary, width)
+    for _ in range(layers):
+        yield from ((width,), (width, width), (keys, width), (keys, width), (width, width))
+        yield from ((width,), (inner, width), (inner, width), (width, inner))
+    yield from ((width,), (vocabulary, width))
+
+
+# What the arena and its contenders hold at a time, per element, while one warms up: weights, two
+# sets of gradients and a fresh one, two moments, the largest of one, an anchor; once more both
+# moments and the anchor, until they are shared; and what foreach needs for a moment. 4 bytes each.
+MOST_HELD = 4 * 13
+
+
+def llama_layers(memory: int) -> int:
+    """How many of the 32 layers a device with so many bytes has room for; below 1: not even one."""
+    without, one = (Workload("", "", tuple(_llama3(layers))).numel for layers in (0, 1))
+    return min(32, (memory // MOST_HELD - without) // (one - without))
+
+
+def _llama(memory: int) -> Iterator[Workload]:
+    layers = llama_layers(memory)
+    if layers > 0:
+        part = "" if layers == 32 else f", {layers} of 32 layers"
+        yield Workload("llama3-8b", f"Llama-3-8B{part}", tuple(_llama3(layers)), seconds=20)
+
+
 def _many(count: int, numel: int, groups: tuple[int, ...] = (1,)) -> Workload:
     name, title = f"{count}x{numel}", f"{count:,} × {numel}"
     return Workload(name, title, ((numel,),) * count, groups, untimed=1)
@@ -70,6 +100,26 @@ FULL: tuple[Workload, ...] = (
     _many(1000, 16, groups=(1, 10, 100)),
     _many(1000, 256, groups=(1, 10, 100)),
 )
+
+MI = 1 << 20
+
+
+def on_gpu(memory: int) -> tuple[Workload, ...]:
+    """For a GPU with so many bytes to use, the most telling ones first; about three minutes."""
+    models = (
+        Workload("gpt2", "GPT-2 124M", tuple(_gpt2()), seconds=14),
+        Workload("resnet50", "ResNet-50", tuple(_resnet50()), seconds=10),
+    )
+    small = Workload("10000x64", "10,000 × 64", ((64,),) * 10000, (1,), 30, 8, without=("eager",))
+    return (
+        Workload("1G", "one tensor of 1G", ((1 << 30,),), seconds=25, rounds=8),
+        small,
+        *models,
+        Workload("200x1M", "200 × 1M", ((MI,),) * 200, seconds=10),
+        Workload("10x16M", "10 × 16M", ((16 * MI,),) * 10, seconds=10),
+        *_llama(memory),
+    )
+
 
 QUICK: tuple[Workload, ...] = (
     Workload("1M", "one tensor of 1M", ((1 << 20,),), seconds=2, rounds=4),
