@@ -13,6 +13,12 @@ namespace {
 // last-level cache, through which the 20 bytes of each element pass.
 constexpr int64_t kBatch = 1 << 18;
 
+// Elements of an item, where there are enough for kItems of them: a thread that goes on for a while
+// where it is keeps 4% more of the memory's speed than one that jumps about.
+constexpr int64_t kItems = 256;
+constexpr int64_t kLargestItem = 16 * kChunk;
+constexpr int64_t kLargestProjectedItem = 4 * kChunk;  // more than one in a batch
+
 // Waking the other threads costs as much as this many elements.
 constexpr int64_t kParallel = 2 * kChunk;
 
@@ -41,6 +47,9 @@ void CpuStep::plan(const std::vector<Tensor>& tensors, bool projected) {
   std::vector<Item> steps;  // of that batch
   std::vector<Item> touch;  // the second touch of the batch before it
   int64_t batch_elements = 0, all_elements = 0, item_elements = 0;
+  for (const Tensor& tensor : tensors) all_elements += tensor.numel;
+  const int64_t item =
+      std::clamp(all_elements / kItems, kChunk, projected ? kLargestProjectedItem : kLargestItem);
 
   const auto flush_touch = [&] {
     items_.insert(items_.end(), touch.begin(), touch.end());
@@ -59,7 +68,7 @@ void CpuStep::plan(const std::vector<Tensor>& tensors, bool projected) {
   };
   const auto add = [&](const Chunk& chunk) {
     const auto index = static_cast<int32_t>(chunks_.size());
-    if (steps.empty() || item_elements + chunk.size > kChunk) {
+    if (steps.empty() || item_elements + chunk.size > item) {
       if (batch_elements >= kBatch) flush_touch();
       steps.push_back({index, index, static_cast<int32_t>(batches_.size()), false});
       items_.push_back(steps.back());
@@ -77,7 +86,6 @@ void CpuStep::plan(const std::vector<Tensor>& tensors, bool projected) {
     for (int64_t begin = 0; begin < tensor.numel; begin += kChunk)
       add({batch.last_tensor, static_cast<int32_t>(std::min(kChunk, tensor.numel - begin)), begin});
     ++batch.last_tensor;
-    all_elements += tensor.numel;
   }
   first_chunks_.push_back(static_cast<int32_t>(chunks_.size()));
   if (projected) {
