@@ -5,7 +5,7 @@
 #include "cpu.h"
 #include "cpu_step.h"
 #ifdef WDK_CUDA
-#include "cuda.h"
+#include "cuda_kernels.h"
 #endif
 #include "plan.h"
 

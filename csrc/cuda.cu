@@ -7,7 +7,7 @@
 
 #include <stdexcept>
 
-#include "cuda.h"
+#include "cuda_kernels.h"
 
 namespace wdk {
 

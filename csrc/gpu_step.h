@@ -3,7 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "cuda.h"
+#include "cuda_kernels.h"
 #include "step.h"
 
 namespace wdk {

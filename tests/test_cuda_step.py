@@ -280,6 +280,13 @@ def test_numbers_of_the_device(kind: type[Any], schedule: Any, gpu: Any, sent: l
     assert_close(runs[0], runs[1], 1e-12)
 
 
+def test_who_waits_can_read_them() -> None:
+    """As the eager formulas do, where they stand in for a backend."""
+    hyper = Captured(wd.AdamW, model()).hyper
+    assert (hyper.lr, hyper.weight_decay) == (0.0, 0.0)
+    assert (hyper.read().lr, hyper.read().weight_decay) == (0.1, 0.2)
+
+
 def test_a_capture_has_memory_of_its_own(gpu: emulated.Machine, sent: list[int]) -> None:
     optimizer = Captured(wd.AdamW, model())
     optimizer.step()

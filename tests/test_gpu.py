@@ -280,6 +280,14 @@ def test_more_than_two_to_the_31_elements(backend: str) -> None:
     assert (w[-50:] == first).all()
 
 
+def test_eager_formulas_read_lr_from_the_device() -> None:
+    w = torch.ones(3, device="cuda")
+    w.grad = torch.ones_like(w)
+    lr = torch.tensor(0.125, device="cuda")
+    wd.AdamW([w], lr=lr, weight_decay=0.0, capturable=True, backend="eager").step()
+    torch.testing.assert_close(w, torch.full_like(w, 0.875))
+
+
 def test_lr_on_the_device_needs_capturable(backend: str) -> None:
     w = torch.ones(3, device="cuda")
     with pytest.raises(ValueError, match="lr is a tensor on cuda:0"):

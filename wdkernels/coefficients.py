@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +68,10 @@ class Hyper:
     def streams(self) -> tuple[str, bool, bool, bool]:
         """What decides over the tensors that a step reads and writes; all else is numbers."""
         return self.method, self.amsgrad, self.anchored, self.live is not None
+
+    def read(self) -> Hyper:
+        """With the numbers that live on a device, for which the host waits."""
+        return replace(self, **{name: x.item() for name, x in (self.live or {}).items()})
 
     @property
     def factors(self) -> tuple[Schedule, Schedule]:

@@ -275,7 +275,7 @@ class _Adam(torch.optim.Optimizer):
         for group in groups:  # the first thing written, so after all checks
             group.states.extend(self._complete_state(p, group.hyper) for p in group.params)
         if backend is None:
-            reference.step(groups)
+            reference.step([group._replace(hyper=group.hyper.read()) for group in groups])
             return
         plan: Plan = backend.Plan(
             [
