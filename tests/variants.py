@@ -104,7 +104,9 @@ def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor
 
 def anchors_of(params: Sequence[Any], seed: int = 500) -> list[Tensor]:
     tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-    return [random(*p.shape, seed=seed + i, dtype=p.dtype) for i, p in enumerate(tensors)]
+    return [
+        random(*p.shape, seed=seed + i, dtype=p.dtype).to(p.device) for i, p in enumerate(tensors)
+    ]
 
 
 def gradient(p: Tensor, i: int, t: int) -> Tensor | None:
