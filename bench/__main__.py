@@ -74,7 +74,7 @@ def main() -> int:
         results = replace(results, commit=options.commit)
 
     console = Console()
-    console.width = max(console.width, 100)  # where there is no terminal, it is 80
+    console.width = max(console.width, 110)  # where there is no terminal, it is 80
     report.print_table(results, console)
     output = options.output or (None if part else HERE / "results")
     if output:

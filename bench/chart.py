@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from bench.results import Results, Row
 from bench.targets import PLAIN_DECAYS
 
 OURS, OTHERS, INK, FAINT = "#c8385a", "#a9b6c3", "#22303c", "#e3e8ec"
+LIGHT = {OURS: "#ecb9c5", OTHERS: "#dce2e8"}
 STYLE = {
     "font.size": 11,
     "text.color": INK,
@@ -29,7 +31,12 @@ STYLE = {
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
 }
-MAKERS = ("wdkernels", "DeepSpeed", "torch fused", "torch foreach", "torch single")
+MAKERS = (
+    *("wdkernels", "wdkernels triton", "DeepSpeed", "apex"),
+    *("torch fused", "torch foreach", "torch single"),
+)
+FUSED = MAKERS[:-2]
+SUMS = tuple(f"wdkernels {method}" for method in ("AdamSWD", "AdamSPD rests", "AdamSPD fires"))
 
 
 class Bar(NamedTuple):
@@ -38,14 +45,18 @@ class Bar(NamedTuple):
     text: str
     color: str
     heading: str = ""  # written above the first bar that has it
+    beyond: float = 0  # how far a lighter bar goes on: the wall's time after the kernels'
 
 
 def draw(results: Results, path: Path) -> None:
     m = results.machine
+    threads = "" if results.on_gpu else f"{m['threads']} threads, "
     caption = (
-        f"wdkernels {m['wdkernels']} and others on {m['device']}, {m['threads']} threads, torch "
-        f"{m['torch']}, {results.date}. Contenders take turns; medians over the rounds."
+        f"wdkernels {m['wdkernels']} and others on {m['device']}, {threads}torch {m['torch']}, "
+        f"{results.date}. Contenders take turns; medians over the rounds."
     )
+    if results.on_gpu:
+        caption += " Kernel times, where nothing else is said."
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(18, 11))
         figure.subplots_adjust(
@@ -53,7 +64,7 @@ def draw(results: Results, path: Path) -> None:
         )
         figure.text(0.015, 0.95, "How fast is a step?", size=22, weight="bold")
         figure.text(0.015, 0.925, caption, size=12)
-        for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        for axes, panel in zip(figure.subplots(2, 3).flat, _panels(results), strict=True):
             panel(axes, results)
             if not axes.has_data():
                 axes.text(0.5, 0.5, "not part of this run", ha="center", transform=axes.transAxes)
@@ -61,27 +72,50 @@ def draw(results: Results, path: Path) -> None:
         figure.savefig(path, dpi=90)
 
 
-def _memory(axes: Axes, results: Results) -> None:
-    _title(axes, "As fast as memory?", "AdamW on one tensor of 32M, share of the measured limit")
-    rows = _adamw(results, "32M", MAKERS)
+def _memory(axes: Axes, results: Results, workload: str) -> None:
+    rows = _adamw(results, workload, MAKERS)
+    subject = f"AdamW on {rows[0].title}, share of the measured limit" if rows else ""
+    _title(axes, "As fast as memory?", subject)
     shares = [(row, share) for row in rows if (share := results.of_limit(row))]
     _bars(axes, (Bar(r.maker, share, f"{share:.0%}", _color(r)) for r, share in shares), line=1)
 
 
 def _models(axes: Axes, results: Results) -> None:
     _title(axes, "Faster on whole models?", "AdamW, milliseconds a step")
-    rows = _adamw(results, "gpt2", MAKERS[:3]) + _adamw(results, "resnet50", MAKERS[:3])
+    rows = [row for name in ("gpt2", "resnet50") for row in _adamw(results, name, FUSED)]
     _bars(axes, (Bar(r.maker, r.ms(), f"{r.ms():.3g} ms", _color(r), r.title) for r in rows))
 
 
-def _decays(axes: Axes, results: Results) -> None:
-    _title(axes, "What does another decay cost?", "GPT-2 124M, time of a step over AdamW's")
-    sums = (f"wdkernels {method}" for method in ("AdamSWD", "AdamSPD rests", "AdamSPD fires"))
-    adamw = results.find("gpt2", "wdkernels AdamW")
+def _models_on_gpu(axes: Axes, results: Results) -> None:
+    _title(axes, "Faster on whole models?", "AdamW's steps per second over torch fused's")
+    bars = []
+    for name in ("gpt2", "resnet50", "llama3-8b"):
+        for row in _adamw(results, name, FUSED):
+            if speed := results.of_fused(row):
+                text = f"{speed:.2f}×, {_number(row.ms())} ms"
+                bars.append(Bar(row.maker, speed, text, _color(row), row.title))
+    _bars(axes, bars, line=1, room=1.5)
+
+
+def _clocks(axes: Axes, results: Results) -> None:
+    subject = "AdamW, 10,000 × 64, ms of kernels, then (pale) of the wall"
+    _title(axes, "Does the host keep up?", subject)
+    bars = []
+    for row in _adamw(results, "10000x64", (*FUSED, "torch foreach")):
+        kernel, wall = row.ms(), row.ms(wall=True)
+        text = f"{_number(kernel)}, {_number(wall)} ms"
+        bars.append(Bar(row.maker, kernel, text, _color(row), beyond=max(wall - kernel, 0)))
+    _bars(axes, bars, room=1.4)
+
+
+def _decays(axes: Axes, results: Results, workload: str) -> None:
+    adamw = results.find(workload, "wdkernels AdamW")
+    subject = f"{adamw.title}, time of a step over AdamW's" if adamw else ""
+    _title(axes, "What does another decay cost?", subject)
     if adamw is None:
         return
     bars = []
-    for row in _rows(results, "gpt2", (*PLAIN_DECAYS, *sums)):
+    for row in _rows(results, workload, (*PLAIN_DECAYS, *SUMS)):
         time, bytes_ = row.time_over(adamw), row.bytes / adamw.bytes
         moved = f", {bytes_:.2f}× the bytes" if bytes_ > 1 else ""
         bars.append(Bar(row.method, time, f"{time:.2f}×{moved}", _color(row)))
@@ -97,21 +131,25 @@ def _papers(axes: Axes, results: Results) -> None:
     _bars(axes, (Bar(r.maker, t, f"{_number(t)}×", _color(r), r.method) for r, t in times), line=1)
 
 
-def _small(axes: Axes, results: Results) -> None:
-    _title(axes, "With many small tensors?", "AdamW here and in torch, milliseconds, logarithmic")
+def _small(axes: Axes, results: Results, workloads: Iterable[str]) -> None:
+    clock = "milliseconds by the wall's clock" if results.on_gpu else "milliseconds"
+    _title(axes, "With many tensors?", f"AdamW here and in torch, {clock}, logarithmic")
     titles: list[str] = []
-    for workload in ("300x256", "1000x16", "1000x256", "10000x64"):
+    for workload in workloads:
         rows = _adamw(results, workload, ("wdkernels", "torch fused"))
         if len(rows) < 2:
             continue
-        y, times = len(titles), [row.ms() for row in rows]
+        y, times = len(titles), [row.ms(wall=True) for row in rows]
         axes.plot(times, [y, y], color=FAINT, linewidth=3, zorder=1)
         axes.scatter(times, [y, y], s=120, c=[_color(row) for row in rows], zorder=2)
-        for row, side, align in zip(rows, (-11, 11), ("right", "left"), strict=True):
-            _note(axes, _number(row.ms()), (row.ms(), y), (side, 0), ha=align, va="center")
+        sides = ((-11, "right"), (11, "left"))
+        for row, ms, (side, align) in zip(
+            rows, times, sides if times[0] < times[1] else sides[::-1], strict=True
+        ):
+            _note(axes, _number(ms), (ms, y), (side, 0), ha=align, va="center")
             if not titles:
-                _note(axes, row.maker, (row.ms(), y), (0, 14), ha=align)
-        speed = f"{rows[1].time_over(rows[0]):.0f}×"
+                _note(axes, row.maker, (ms, y), (0, 14), ha=align)
+        speed = f"{_number(rows[1].time_over(rows[0], wall=True))}×"
         _note(axes, speed, (math.sqrt(times[0] * times[1]), y), (0, 5), ha="center", weight="bold")
         titles.append(rows[0].title)
     axes.set_xscale("log")
@@ -143,14 +181,24 @@ def _groups(axes: Axes, results: Results) -> None:
     axes.margins(y=0.15)
 
 
-PANELS: tuple[Callable[[Axes, Results], None], ...] = (
-    _memory,
-    _models,
-    _decays,
-    _papers,
-    _small,
-    _groups,
-)
+def _panels(results: Results) -> tuple[Callable[[Axes, Results], None], ...]:
+    if results.on_gpu:
+        return (
+            partial(_memory, workload="1G"),
+            _models_on_gpu,
+            partial(_decays, workload="1G"),
+            _papers,
+            partial(_small, workloads=("10000x64", "200x1M", "10x16M", "gpt2")),
+            _clocks,
+        )
+    return (
+        partial(_memory, workload="32M"),
+        _models,
+        partial(_decays, workload="gpt2"),
+        _papers,
+        partial(_small, workloads=("300x256", "1000x16", "1000x256", "10000x64")),
+        _groups,
+    )
 
 
 def _rows(results: Results, workload: str, names: Iterable[str]) -> list[Row]:
@@ -162,7 +210,7 @@ def _adamw(results: Results, workload: str, makers: Iterable[str]) -> list[Row]:
 
 
 def _color(row: Row) -> str:
-    return OURS if row.maker == "wdkernels" else OTHERS
+    return OURS if row.maker.startswith("wdkernels") else OTHERS
 
 
 def _title(axes: Axes, question: str, subject: str) -> None:
@@ -193,15 +241,16 @@ def _bars(axes: Axes, bars: Iterable[Bar], line: float | None = None, room: floa
         y = len(labels)
         labels.append(bar.label)
         axes.barh(y, bar.value, color=bar.color, height=0.74)
+        axes.barh(y, bar.beyond, left=bar.value, color=LIGHT[bar.color], height=0.74)
         # Where a bar ends just short of the line, its label stands beyond it.
-        end = line if line and 0.8 * line < bar.value < line else bar.value
+        end = line if line and 0.8 * line < bar.value < line else bar.value + bar.beyond
         _note(axes, bar.text, (end, y), (5, 0), va="center")
     axes.set_yticks(range(len(labels)), labels)
     headings = {bar.heading for bar in bars}
     for label in axes.get_yticklabels():
         label.set_fontweight("bold" if label.get_text() in headings else "normal")
     axes.set_xticks([])
-    axes.set_xlim(0, room * max(bar.value for bar in bars))
+    axes.set_xlim(0, room * max(bar.value + bar.beyond for bar in bars))
     axes.set_ylim(len(labels) - 0.4, -0.6)
     if line is not None:
         axes.axvline(line, color=INK, linewidth=1.2, linestyle=(0, (3, 2)))

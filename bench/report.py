@@ -26,19 +26,21 @@ host runs ahead, as in training. (Where a step makes the host wait or queues tho
 the host's time is in it.) The second starts with nothing under way: **wall ms** is the host's clock
 from there until all is done. Times are medians over the rounds, a ratio is the median of the ratios
 within rounds; those in a column that does not say wall are of kernel times."""
-NOTES = """\
+NOTES = """
 **GB/s** counts the bytes that a step of the method must move, however it is programmed: 28 per
 float32 element for AdamW (weights, gradient and two moments read, all but the gradient written), 4
 more for an anchor, 8 more for amsgrad, 4 more for AdamSWD, which needs the sum over all gradients
-before it writes. **Of limit** is the share of the GB/s of {limit} (bench/limit.py).
+before it writes.
+**Of limit** is the share of the GB/s of {limit}
+(bench/limit.py).
 **Over fused** is the speed over that of torch.optim.AdamW(fused=True), whatever the method{groups}.
 
 *wdkernels* is this project, *eager* its formulas in plain PyTorch, *paper* the papers' formulas in
 the style of research code (bench/papers.py). AdamSPD *fires* where each step's decay fires for
 every tensor, and *rests* where for none; *zero* is an anchor at zero instead of the initial
 weights."""
-LOOP = "a loop that reads and writes the streams of AdamW with one addition each"
-COPY = "a copy of two gigabytes within the device's memory, read and written bytes counted"
+LOOP = "a loop that moves the streams of AdamW with one addition each"
+COPY = "a copy of two gigabytes within its memory, bytes read plus written"
 GROUPS = """, and
 **10 groups** the time with the tensors dealt out to so many param groups over the time with one"""
 
@@ -109,7 +111,7 @@ def _headings(results: Results, workload: str) -> tuple[str, ...]:
     counts = dict.fromkeys(row.groups for row in results.rows if row.workload == workload)
     groups = (f"{count} groups" for count in counts if count > 1)
     times = ("kernel ms", "wall ms") if results.on_gpu else ("ms",)
-    fused = ("over fused", "over fused, wall") if results.on_gpu else ("over fused",)
+    fused = ("over fused", "wall over fused") if results.on_gpu else ("over fused",)
     return ("contender", *times, "GB/s", "of limit", *fused, *groups)
 
 
