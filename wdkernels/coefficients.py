@@ -71,7 +71,8 @@ class Hyper:
 
     def read(self) -> Hyper:
         """With the numbers that live on a device, for which the host waits."""
-        return replace(self, **{name: x.item() for name, x in (self.live or {}).items()})
+        read: dict[str, Any] = {name: x.item() for name, x in (self.live or {}).items()}
+        return replace(self, **read)
 
     @property
     def factors(self) -> tuple[Schedule, Schedule]:

@@ -1,0 +1,338 @@
+"""What bench/ and `make gpu` do with a GPU, as far as that goes without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sanitize
+import torch
+from rich.console import Console
+from variants import needs_native
+
+from bench import chart, limit, machine, report, targets
+from bench.clock import Clock
+from bench.contenders import Contender, contenders
+from bench.results import Absence, Results, Row
+from bench.runner import OUT_OF_MEMORY, Case, measure
+from bench.workloads import Workload, llama_layers, on_gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GIB = 1 << 30
+SMALL = Workload("gpt2", "GPT-2 124M", ((40, 30), (7,)), seconds=0, rounds=3)
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+class TwoClocks(Clock):
+    """A GPU's, where the host does the work."""
+
+    def __init__(self) -> None:
+        self.leads: list[float] = []
+
+    def kernel(self, step: Any, lead: float) -> float:
+        self.leads.append(lead)
+        return self.wall(step)
+
+
+@pytest.fixture(autouse=True)
+def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limit.Copy, "BYTES", 1 << 12)
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+
+def test_llama_in_full_has_as_many_parameters_as_published() -> None:
+    llama = on_gpu(1 << 50)[-1]
+    assert llama.title == "Llama-3-8B"
+    assert llama.numel == 8_030_261_248
+
+
+@pytest.mark.parametrize(("gib", "layers"), [(24, None), (80, 2), (126, 7), (1000, 32)])
+def test_as_many_layers_as_fit(gib: int, layers: int | None) -> None:
+    llama = [w for w in on_gpu(gib * GIB) if w.name == "llama3-8b"]
+    if layers is None:
+        assert llama_layers(gib * GIB) < 1
+        assert not llama
+    else:
+        assert llama_layers(gib * GIB) == layers
+        part = f", {layers} of 32 layers" if layers < 32 else ""
+        assert [w.title for w in llama] == [f"Llama-3-8B{part}"]
+
+
+def test_contenders_on_a_gpu() -> None:
+    everyone = {each.name: each for each in contenders(CUDA)}
+    for method in ("AdamW", "AdamSWD", "AdamSPD fires", "AdamSPD rests"):
+        backends = [
+            everyone[f"{maker} {method}"].build.keywords["backend"]  # type: ignore[attr-defined]
+            for maker in ("wdkernels", "wdkernels triton")
+        ]
+        assert backends == ["native", "triton"]
+    # Bytes of the copy do not depend on the workload; all others' do.
+    assert Case(SMALL, everyone["memory limit"], 1).bytes == limit.Copy.BYTES
+    assert Case(SMALL, everyone["wdkernels AdamW"], 1).bytes == 28 * SMALL.numel
+
+
+# ---- how -----------------------------------------------------------------------------------------
+
+
+def named(*names: str) -> list[Case]:
+    return [Case(SMALL, c, 1) for c in contenders(CUDA) if c.name in names]
+
+
+def measured(cases: list[Case], clock: Clock | None = None) -> dict[str, Any]:
+    records = measure(cases, CPU, Console(quiet=True), clock or TwoClocks())
+    return {case.contender.name: record for case, record in records.items()}
+
+
+def test_a_turn_is_timed_by_both_clocks() -> None:
+    clock = TwoClocks()
+    records = measured(named("memory limit", "torch fused AdamW"), clock)
+    for record in records.values():
+        assert not record.problem
+        assert list(record.seconds) == list(record.kernel_seconds) == [0, 1, 2]
+    assert len(clock.leads) == 6
+    assert all(0 < lead <= 0.05 for lead in clock.leads)
+
+
+def test_one_clock_where_there_is_no_gpu() -> None:
+    (record,) = measured(named("torch fused AdamW"), Clock()).values()
+    assert list(record.seconds) == [0, 1, 2]
+    assert not record.kernel_seconds
+
+
+class Failing(torch.optim.SGD):
+    """At its n-th step."""
+
+    def __init__(self, params: Any, n: int, error: Exception) -> None:
+        super().__init__(params, lr=0.0)
+        self._left, self._error = n, error
+
+    def step(self, closure: Any = None) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            raise self._error
+
+
+@pytest.mark.parametrize("n", [1, 2, 6])
+def test_what_does_not_fit_is_absent_and_the_others_go_on(n: int) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    large = Contender("large", "AdamW", lambda params: Failing(params, n, error))
+    records = measured([Case(SMALL, large, 1), *named("torch fused AdamW")])
+    assert records["large AdamW"].problem == OUT_OF_MEMORY
+    assert not records["large AdamW"].seconds
+    assert len(records["torch fused AdamW"].seconds) == 3
+
+
+def test_another_error_is_told_with_its_trace() -> None:
+    broken = Contender("broken", "AdamW", lambda params: Failing(params, 1, ValueError("a\nb")))
+    records = measured([Case(SMALL, broken, 1), *named("torch fused AdamW")])
+    assert records["broken AdamW"].problem == "ValueError: a b"
+    assert "in step" in records["broken AdamW"].trace
+    assert not records["torch fused AdamW"].problem
+
+
+def test_a_workload_that_does_not_fit_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def randn(*shape: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "randn", randn)
+    (record,) = measured(named("torch fused AdamW")).values()
+    assert record.problem == OUT_OF_MEMORY
+
+
+# ---- what is told --------------------------------------------------------------------------------
+
+MACHINE = {"device": "NVIDIA H200", "driver": "580.1", "cores": 16, "wdkernels": "1", "torch": "2"}
+
+
+def row(name: str, kernel: float, wall: float, workload: str = "gpt2", bytes_: int = 28) -> Row:
+    maker, _, method = name.rpartition(" ")
+    return Row(workload, workload, maker, method, 1, bytes_, {0: wall}, {0: kernel})
+
+
+def results(*rows: Row) -> Results:
+    return Results(MACHINE, "2026-01-02", "abc", rows)
+
+
+def test_ratios_are_of_kernel_times_unless_the_wall_is_asked_for() -> None:
+    ours, fused = row("wdkernels AdamW", 2, 6), row("torch fused AdamW", 4, 18)
+    assert (ours.ms(), ours.ms(wall=True)) == (2e3, 6e3)
+    assert (fused.time_over(ours), fused.time_over(ours, wall=True)) == (2, 3)
+    on_cpu = replace(ours, kernel_seconds={})
+    assert on_cpu.ms() == on_cpu.ms(wall=True) == 6e3
+
+
+def test_targets_of_a_gpu() -> None:
+    found = results(
+        row("memory limit", 1, 1, "1G", 100),
+        row("wdkernels AdamW", 0.5, 1, "1G", 45),
+        row("wdkernels AdamW", 1, 2, "10000x64"),
+        row("torch fused AdamW", 3, 30, "10000x64"),
+    )
+    figures = {
+        target.question: target.measured(found, target.workloads[0])
+        for target in targets.targets(found)
+    }
+    assert targets.targets(found) is targets.ON_GPU
+    assert figures["AdamW: bytes per second over a copy's"] == pytest.approx(0.9)
+    assert figures["AdamW: speed over torch fused, wall"] == 15
+    copy, *_ = targets.ON_GPU
+    assert [copy.met(0.919), copy.met(0.92)] == [False, True]
+
+
+def test_a_target_without_a_bound_is_told_and_not_judged() -> None:
+    found = results(row("wdkernels AdamW", 1, 1), row("wdkernels AdamSPD fires", 1.5, 2))
+    assert "| AdamSPD, fires: time over AdamW |  | 1.5× (gpt2) |  |" in report.to_markdown(
+        found, "x.png"
+    )
+
+
+def test_both_times_are_reported_and_what_is_absent() -> None:
+    found = replace(
+        results(row("wdkernels AdamW", 0.002, 0.006), row("torch fused AdamW", 0.004, 0.018)),
+        absent=(Absence("GPT-2 124M", "torch single AdamW", OUT_OF_MEMORY),),
+    )
+    entry = json.loads(report.to_json(found))["rows"][0]
+    assert (entry["kernel_ms"], entry["wall_ms"]) == (2, 6)
+    assert (entry["kernel_over_torch_fused"], entry["wall_over_torch_fused"]) == (2, 3)
+    assert json.loads(report.to_json(found))["absent"][0]["reason"] == OUT_OF_MEMORY
+
+    markdown = report.to_markdown(found, "x.png")
+    assert markdown.startswith("# Speed on NVIDIA H200\n")
+    assert "| contender | kernel ms | wall ms | GB/s |" in markdown
+    assert "| wdkernels AdamW | 2.00 | 6.00 |" in markdown
+    assert "- GPT-2 124M: torch single AdamW (out of memory)" in markdown
+
+
+def test_names_of_files() -> None:
+    assert machine.slug(MACHINE) == "nvidia-h200"
+    on_cpu: dict[str, str | int] = {"device": "AMD EPYC", "cores": 2}
+    assert machine.slug(on_cpu) == "amd-epyc-2-cores"
+
+
+@needs_native
+def test_a_whole_run_as_pytest_benchmark_hands_it_over(tmp_path: Path) -> None:
+    names = ("memory limit", "wdkernels AdamW", "wdkernels triton AdamW", "torch fused AdamW")
+    names += ("wdkernels AdamSWD", "wdkernels AdamSPD rests", "paper AdamSWD")
+    cases = named(*names)
+    records = measure(cases, CPU, Console(quiet=True), TwoClocks())
+    assert not any(record.trace for record in records.values())
+    benchmarks = [
+        {
+            "stats": {"data": list(record.seconds.values())},
+            "extra_info": {
+                "workload": name,
+                "title": name,
+                "maker": case.contender.maker,
+                "method": case.contender.method,
+                "groups": 1,
+                "bytes": case.bytes,
+                "rounds": list(record.seconds),
+                "kernel_seconds": list(record.kernel_seconds.values()),
+            },
+        }
+        for name in ("1G", "10000x64", "gpt2")
+        for case, record in records.items()
+    ]
+    commit = {"id": "0123456789abcdef", "dirty": False}
+    whole = {"commit_info": commit, "machine_info": MACHINE, "datetime": "2026-01-02T03:04:05"}
+    found = Results.of({**whole, "benchmarks": benchmarks})
+    assert found.on_gpu
+    assert len(found.rows) == 3 * len(cases)
+    chart.draw(found, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+    report.to_markdown(found, "x.png")
+    report.print_table(found, Console(quiet=True))
+
+
+# ---- compute-sanitizer ---------------------------------------------------------------------------
+
+
+def fake_sanitizer(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = folder / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\n{body}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+STARTED = f"echo '{sanitize.WATCHED}'"
+
+
+@pytest.mark.parametrize(
+    ("body", "verdict", "clean"),
+    [
+        (
+            f"{STARTED}; echo '{sanitize.DONE}'; echo '=== ERROR SUMMARY: 0 errors'",
+            "memcheck: passed",
+            True,
+        ),
+        (f"{STARTED}; echo '{sanitize.DONE}'; exit 86", "memcheck: FAILED with status 86", False),
+        (f"{STARTED}; exit 1", "memcheck: FAILED with status 1", False),
+        (f"{STARTED}; exit 0", "memcheck: FAILED with status 0", False),
+        ("echo 'Device not supported'; exit 86", "memcheck: does not work here", True),
+    ],
+)
+def test_verdicts_on_a_sanitizer(
+    body: str, verdict: str, clean: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_sanitizer(tmp_path, body, monkeypatch)
+    said, found_nothing = sanitize.judged("memcheck")
+    assert said.startswith(verdict)
+    assert found_nothing is clean
+
+
+def test_a_sanitizer_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sanitize.shutil, "which", lambda *_, **__: None)
+    said, found_nothing = sanitize.judged("memcheck")
+    assert "absent" in said
+    assert found_nothing
+
+
+def test_a_long_report_is_cut_in_the_middle() -> None:
+    lines = sanitize.excerpt("\n".join(map(str, range(1000)))).splitlines()
+    assert lines[0] == "0"
+    assert lines[-1] == "999"
+    assert len(lines) == 2 * sanitize.LINES + 1
+    assert sanitize.excerpt("a\nb") == "a\nb"
+
+
+def test_the_steps_that_are_watched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sanitize, "SIZES", (100, 7, 0))
+    try:
+        sanitize.train("cpu")
+    except ValueError as error:
+        pytest.skip(str(error))  # there is no compiled module
+    assert capsys.readouterr().out.split("\n") == [sanitize.WATCHED, sanitize.DONE, ""]
+
+
+# ---- where there is no GPU -----------------------------------------------------------------------
+
+
+@needs_no_gpu
+@pytest.mark.parametrize(
+    "command", [["tools/gpu"], [sys.executable, "-m", "bench", "--device=cuda"]]
+)
+def test_one_sentence_where_there_is_no_gpu(command: list[str]) -> None:
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    assert "GPU" in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr
+    assert not run.stdout
