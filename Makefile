@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint wheel wheels clean
+.PHONY: help demo test bench gpu lint wheel wheels clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -23,6 +23,9 @@ test: $(VENV)/installed ## run the tests
 
 bench: $(VENV)/installed ## compare speed with torch.optim and others (bench/results/)
 	$(BIN)/python -m bench
+
+gpu: ## on an NVIDIA GPU: build, test, sanitize, bench; installs nothing, takes what PYTHON has
+	@PYTHON=$(PYTHON) tools/gpu
 
 lint: $(VENV)/ready ## check style and types
 	$(BIN)/ruff check

@@ -1,8 +1,9 @@
 """How fast a step is, beside torch.optim, DeepSpeed and the papers' own style of code.
 
-    python -m bench            everything, about ten minutes; a table, and bench/results/
-    python -m bench --quick    a minute, on small tensors
-    pytest bench/              the same measurement, with all of pytest-benchmark's options
+    python -m bench                  everything, about ten minutes; a table, and bench/results/
+    python -m bench --device cuda    on a GPU, with workloads of its size; about four minutes
+    python -m bench --quick          a minute, on small tensors
+    pytest bench/                    the same measurement, with all of pytest-benchmark's options
 
 Contenders on one workload take turns, one timed step each per round, on the same weights, gradients
 and state. A ratio is the median over the rounds of the ratio within a round, so what slows the
@@ -12,6 +13,7 @@ whole machine for a second or a minute slows both sides of it.
     contenders.py    who is measured: optimizers, and what they must move
     papers.py        SWD and SPD as research repositories write them
     limit.py         how fast this machine moves memory
+    clock.py         the host's time, and a GPU's own
     runner.py        the rounds
     test_bench.py    the same as pytest-benchmark sees it
     results.py       ratios within rounds
