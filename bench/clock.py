@@ -26,10 +26,6 @@ class Clock:
         """Seconds of a GPU; None, and nothing done, where there is none."""
         return None
 
-    def turn_cost(self, step: float, untimed: int, lead: float) -> float:
-        """Seconds of a turn, about, where a step takes so many."""
-        return step * (1 + untimed)
-
 
 class GpuClock(Clock):
     def __init__(self, device: torch.device) -> None:
@@ -52,9 +48,6 @@ class GpuClock(Clock):
         self.wait()
         torch.cuda._sleep(int(lead * self._cycles_per_second))
         return self._between(step)
-
-    def turn_cost(self, step: float, untimed: int, lead: float) -> float:
-        return step * (2 + untimed) + lead
 
     def _between(self, step: Callable[[], object]) -> float:
         first, last = self._events

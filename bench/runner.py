@@ -64,7 +64,6 @@ class Entrant:
     """A contender that has warmed up."""
 
     optimizer: Any
-    cost: float  # seconds of a turn, about
     lead: float  # seconds that the host needs to queue a step on a GPU, at most
 
 
@@ -98,22 +97,23 @@ def _measure(
             if record.problem:
                 _release_memory()
 
-        round_cost = sum(each.cost / case.contender.every for case, each in entrants.items())
-        rounds = int(workload.seconds / max(round_cost, 1e-9))
-        rounds = min(max(rounds, workload.rounds), MOST_ROUNDS)
+        start, number, done = time.monotonic(), 0, 0.0
         with _no_garbage_collection():
-            for number in range(rounds):
+            while entrants and done < 1:
                 turns = [case for case in entrants if number % case.contender.every == 0]
                 random.Random(number).shuffle(turns)
                 arena.set_out()
                 for case in turns:
-                    bar.show(f"round {number + 1} of {rounds}", number / rounds)
+                    bar.show(f"round {number + 1}", done)
                     try:
                         arena.turn(case, entrants[case], number, records[case])
                     except torch.OutOfMemoryError as error:
                         records[case].fail(error)
                         del entrants[case]
-        bar.show(f"{rounds} rounds", 1)
+                number += 1
+                spent = (time.monotonic() - start) / max(workload.seconds, 1e-9)
+                done = max(min(number / workload.rounds, spent), number / MOST_ROUNDS)
+        bar.show(f"{number} rounds", 1)
     arena.check()
 
 
@@ -143,17 +143,13 @@ class Arena:
         groups = [{"params": self._params[k :: case.groups]} for k in range(case.groups)]
         optimizer = case.contender.build(groups)
         for _ in range(WARM_UP):
-            start = time.perf_counter()
             self._prepare(case.contender, optimizer, self._outward)
             self._clock.wait()
-            ready = time.perf_counter()
+            start = time.perf_counter()
             optimizer.step()
-            queued = time.perf_counter()
-            self._clock.wait()
-            cost = time.perf_counter() - start
+            host = time.perf_counter() - start
             self._share_state(optimizer)
-        lead = _lead(queued - ready)
-        return Entrant(optimizer, self._clock.turn_cost(cost, case.workload.untimed, lead), lead)
+        return Entrant(optimizer, _lead(host))
 
     def set_out(self) -> None:
         """Momentum outward, whoever's turn came before."""
