@@ -98,7 +98,7 @@ def _models_on_gpu(axes: Axes, results: Results) -> None:
 
 
 def _clocks(axes: Axes, results: Results) -> None:
-    subject = "AdamW, 10,000 × 64, ms of kernels, then (pale) of the wall"
+    subject = "AdamW, 10,000 × 64: ms of kernels, of the wall (pale)"
     _title(axes, "Does the host keep up?", subject)
     bars = []
     for row in _adamw(results, "10000x64", (*FUSED, "torch foreach")):
