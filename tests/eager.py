@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wdkernels import reference
 from wdkernels.coefficients import Hyper
+from wdkernels.plan import Request
 
 # Loud: at lr 1e-3, weight decay 1e-2, eps 1e-8 a decay or an eps in the wrong place passes unseen.
 LOUD: dict[str, Any] = {
@@ -50,12 +51,15 @@ class Eager:
     @torch.no_grad()
     def step(self) -> None:
         groups = []
+        first = 0
         for hyper, params in self._groups:
             active = [param for param in params if param.grad is not None]
             grads = [param.grad for param in active if param.grad is not None]
             states = [self.state[param] for param in active]
-            groups.append(reference.Group(hyper, active, grads, states))
-        reference.step(groups)
+            indices = [first + i for i, param in enumerate(params) if param.grad is not None]
+            groups.append(reference.Group(hyper, active, grads, states, indices))
+            first += len(params)
+        reference.step(groups, Request())
 
 
 def _initial_state(hyper: Hyper, param: Tensor, anchor: Tensor | None) -> dict[str, Any]:

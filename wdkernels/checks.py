@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wdkernels import layouts
+from wdkernels import layouts, storage
 from wdkernels.coefficients import Hyper
 
 State = dict[str, Any]
 
-ALIKE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor")  # entries shaped like the parameter
-_ENTRIES = ("step", *ALIKE, "exp_avg_sq_sum")
+_ENTRIES = ("step", *storage.ALIKE, "exp_avg_sq_sum")
 
 
 def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
@@ -78,7 +77,7 @@ def check_gradient(p: Tensor, name: str) -> None:
 def check_anchor(p: Tensor, anchor: Any, name: str) -> None:
     if not isinstance(anchor, Tensor):
         raise ValueError(f"the anchor of {name} must be a tensor, not {type(anchor).__name__}")
-    _check_alike(anchor, p, f"the anchor of {name}", ValueError)
+    _check_alike(anchor, p, storage.anchor_dtypes(p), f"the anchor of {name}", ValueError)
 
 
 def check_saved_groups(groups: Sequence[Any]) -> None:
@@ -137,7 +136,7 @@ def check_state(p: Tensor, state: Any, hyper: Hyper, name: str) -> None:
             f"exp_avg_sq_sum of {name} must be a tensor of one number, not "
             f"{state['exp_avg_sq_sum']!r}"
         )
-    for key in ALIKE:
+    for key in storage.ALIKE:
         if key not in state:
             continue
         if not isinstance(state[key], Tensor):
@@ -176,6 +175,7 @@ def check_saved_state(p: Tensor, state: Any, hyper: Hyper, name: str) -> None:
 def check_live_state(p: Tensor, state: Mapping[str, Any], hyper: Hyper, name: str) -> None:
     """Of a state in use, the dtypes and devices count as well."""
     check_state(p, state, hyper, name)
+    check_kept(p, state, hyper, name)
     step = state.get("step")
     if isinstance(step, Tensor) and not step.is_cpu:  # to read it would be to wait for its device
         if step.device.type != p.device.type:
@@ -191,9 +191,10 @@ def check_live_state(p: Tensor, state: Mapping[str, Any], hyper: Hyper, name: st
             f"exp_avg_sq_sum of {name} must be float64, not {state['exp_avg_sq_sum'].dtype}: "
             "delete it, and it is taken anew"
         )
-    for key in ALIKE:
+    for key in storage.ALIKE:
         if key in state:
-            _check_alike(state[key], p, f"{key} of {name}", RuntimeError)
+            dtypes = storage.dtypes_of(key, p, hyper)
+            _check_alike(state[key], p, dtypes, f"{key} of {name}", RuntimeError)
 
 
 def _check_step(step: Any, name: str) -> None:
@@ -202,13 +203,52 @@ def _check_step(step: Any, name: str) -> None:
         raise ValueError(f"the state of {name} has step {step!r}: it must be a whole number >= 0")
 
 
-def _check_alike(x: Tensor, p: Tensor, what: str, error: type[Exception]) -> None:
-    for attribute in ("shape", "dtype", "device"):
-        has, needs = getattr(x, attribute), getattr(p, attribute)
+def _check_alike(
+    x: Tensor, p: Tensor, dtypes: Sequence[torch.dtype], what: str, error: type[Exception]
+) -> None:
+    """Of the dtypes any will do."""
+    wanted = {
+        "shape": p.shape,
+        "dtype": x.dtype if x.dtype in dtypes else dtypes[0],
+        "device": p.device,
+    }
+    for attribute, needs in wanted.items():
+        has = getattr(x, attribute)
         if has != needs:
+            whose = "the parameter has" if needs == getattr(p, attribute) else "it must be"
             has, needs = (tuple(v) if attribute == "shape" else v for v in (has, needs))
-            raise error(
-                f"{what} has {attribute} {has} but the parameter has {needs}: convert it first"
+            raise error(f"{what} has {attribute} {has} but {whose} {needs}: convert it first")
+
+
+def check_kept(p: Tensor, state: Mapping[str, Any], hyper: Hyper, name: str) -> None:
+    """What 16-bit weights keep beside them belongs to how they are rounded."""
+    if p.dtype not in storage.NARROW or "exp_avg" not in state:
+        return
+    options = {
+        "master": (hyper.master_weights, "master_weights=True"),
+        "compensation": (hyper.rounding == "kahan", "rounding='kahan'"),
+    }
+    for key, (needed, option) in options.items():
+        if needed and key not in state:
+            raise ValueError(
+                f"the state of {name} has no {key}, which {option} needs from the first step on: it "
+                "cannot be switched on later. Set the option back, or start with a new state"
+            )
+        if key in state and not needed:
+            raise ValueError(
+                f"the state of {name} has {key}, without which the weight is not whole: keep "
+                f"{option}; or, to give up what it holds, delete state[parameter][{key!r}]"
+            )
+
+
+def check_saved_rounding(saved: Mapping[str, Any], group: Mapping[str, Any], index: int) -> None:
+    """How 16-bit weights are kept is chosen at construction, not by what happens to be loaded."""
+    for key in ("rounding", "master_weights", "moment_dtype"):
+        if key in saved and saved[key] != group[key]:
+            raise ValueError(
+                f"group {index} of the state_dict has {key}={saved[key]!r}, this optimizer has "
+                f"{group[key]!r}: construct it with the {key} that was saved, and the run goes on; "
+                "to change it, start with a new optimizer"
             )
 
 

@@ -13,6 +13,8 @@ import torch
 from wdkernels import schedules
 
 DECAY_SCALES = ("lr", "relative_lr", "corrected")
+ROUNDINGS = ("stochastic", "kahan", "nearest")
+MOMENT_DTYPES = (None, torch.float32, torch.bfloat16)
 _LIVE = ("lr", "weight_decay")  # may be tensors that a GPU reads in every step
 ANCHORS = ("zero", "initial", "given")  # of a group in use: given tensors are in the state
 
@@ -60,14 +62,23 @@ class Hyper:
     maximize: bool
     cautious: bool
     anchored: bool
-    # For CUDA graphs: steps are counted on the device, and where lr and weight_decay are tensors
-    # of it, they stand here and are read there at every step. None: the host does all that.
+    # Steps are counted on the device (for CUDA graphs, and where only the device knows whether a
+    # step is skipped); lr and weight_decay that are tensors of it stand here and are read there at
+    # every step. None: the host does all that.
     live: Mapping[str, torch.Tensor] | None = None
+    rounding: str = "stochastic"
+    master_weights: bool = False
+    moment_dtype: torch.dtype | None = None
+    seed: int = 0
+    ema_decay: float | schedules.Schedule | None = None
 
     @property
-    def streams(self) -> tuple[str, bool, bool, bool]:
+    def streams(self) -> tuple[object, ...]:
         """What decides over the tensors that a step reads and writes; all else is numbers."""
-        return self.method, self.amsgrad, self.anchored, self.live is not None
+        return (
+            *(self.method, self.amsgrad, self.anchored, self.live is not None),
+            *(self.rounding, self.master_weights, self.moment_dtype, self.ema_decay is not None),
+        )
 
     def read(self) -> Hyper:
         """With the numbers that live on a device, for which the host waits."""
@@ -94,8 +105,11 @@ def _plain(schedule: schedules.Schedule) -> Schedule:
     )
 
 
-def from_group(method: str, group: Mapping[str, Any]) -> Hyper:
-    """The hyper-parameters of a group; ValueError names the one that is wrong."""
+def from_group(method: str, group: Mapping[str, Any], counted: bool = False) -> Hyper:
+    """The hyper-parameters of a group; ValueError names the one that is wrong.
+
+    `counted`: on the device, whether `capturable` or not.
+    """
     for option in group:
         if reason := SENSELESS.get((method, option)):
             raise ValueError(f"{option} makes no sense here: {reason}")
@@ -125,6 +139,23 @@ def from_group(method: str, group: Mapping[str, Any]) -> Hyper:
             f"{name} is a tensor on {x.device}, for which the host would have to wait in every "
             "step: pass a number, or capturable=True, and the device reads it"
         )
+    rounding = group["rounding"]
+    if rounding not in ROUNDINGS:
+        known = ", ".join(map(repr, ROUNDINGS))
+        raise ValueError(f"unknown rounding {rounding!r}; there are {known}")
+    master_weights = _flag(group, "master_weights")
+    if master_weights and rounding == "kahan":
+        raise ValueError(
+            "master_weights=True and rounding='kahan' each keep what 16-bit weights lose: take one"
+        )
+    moment_dtype = group["moment_dtype"]
+    if moment_dtype not in MOMENT_DTYPES:
+        known = ", ".join(map(str, MOMENT_DTYPES))
+        raise ValueError(f"moment_dtype must be one of {known}, not {moment_dtype!r}")
+    seed = group["seed"]
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an int in [0, 2**32), not {seed!r}")
+
     lr = 0.0 if "lr" in live else _number(group["lr"], "lr")
     # None only in a group that is being made.
     given = group.get("lr_max", lr)
@@ -150,8 +181,34 @@ def from_group(method: str, group: Mapping[str, Any]) -> Hyper:
         maximize=_flag(group, "maximize"),
         cautious=_flag(group, "cautious"),
         anchored=group["anchor"] != "zero",
-        live=live if capturable else None,
+        live=live if capturable or counted else None,
+        rounding=rounding,
+        master_weights=master_weights,
+        moment_dtype=moment_dtype,
+        seed=seed,
+        ema_decay=_ema_decay(group["ema_decay"]),
     )
+
+
+def max_norm(value: Any) -> float:
+    """A bound of the gradients' norm; none is infinite. ValueError if it is no bound."""
+    return math.inf if value is None else _number(value, "max_grad_norm")
+
+
+def _ema_decay(value: Any) -> float | schedules.Schedule | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        decay = _number(value, "ema_decay")
+        if decay > 1:
+            raise ValueError(f"ema_decay must be in [0, 1], not {value!r}")
+        return decay
+    schedules.validate(value)
+    factors = value["factors"] if value["kind"] == "product" else [value]
+    for each in factors:
+        if max(each.get("start", 0), each.get("end", 0)) > 1 and each["kind"] != "window":
+            raise ValueError(f"ema_decay must stay in [0, 1], which the schedule {each!r} does not")
+    return value
 
 
 def _number(value: Any, name: str, below: float = math.inf) -> float:
@@ -180,21 +237,47 @@ def _flag(group: Mapping[str, Any], name: str) -> bool:
 class Coefficients(NamedTuple):
     """The numbers of one parameter's step, as in csrc/update.h: rounded once, by who uses them."""
 
-    sign: float
+    scale: float
     one_minus_beta1: float
     one_minus_beta2: float
     step_size: float
     eps: float
     decay: float
+    average: float
+
+
+def bias_correction1(h: Hyper, t: float) -> float:
+    return 1 - math.pow(h.beta1, t)
 
 
 def bias_correction2(h: Hyper, t: float) -> float:
     return 1 - math.pow(h.beta2, t)
 
 
+def ema_decay(h: Hyper, t: float) -> float:
+    """k_t, the share of the average that stays; 1 without one."""
+    if isinstance(h.ema_decay, dict):
+        return schedules.factor(h.ema_decay, int(t))
+    return 1.0 if h.ema_decay is None else h.ema_decay
+
+
+def mix(x: int) -> int:
+    """A hash of 32 bits, csrc/dtype.h's: every bit of x decides over every bit of it."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    x ^= x >> 15
+    x = x * 0x846CA68B & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def random_key(h: Hyper, t: float) -> int:
+    """What the random bits of stochastic rounding at step t are made from, 32 bits."""
+    return mix((mix(h.seed) + int(t)) & 0xFFFFFFFF)
+
+
 def coefficients(h: Hyper, t: float) -> Coefficients:
     """A group's numbers at step t = 1, 2, 3...: operation for operation csrc/coefficients.h."""
-    bias_correction1 = 1 - math.pow(h.beta1, t)
+    correction1 = bias_correction1(h, t)
     root = math.sqrt(bias_correction2(h, t))
     decay = h.weight_decay
     schedule = h.decay_schedule or {"kind": "constant"}
@@ -202,15 +285,16 @@ def coefficients(h: Hyper, t: float) -> Coefficients:
         decay *= schedules.factor(each, int(t))
 
     if h.method == "unmixed":
-        decay *= bias_correction1
+        decay *= correction1
     elif h.method in ("decoupled", "swd"):
         relative = h.lr if h.decay_scale == "lr" else h.lr / h.lr_max
         decay *= h.lr * relative if h.decay_scale == "corrected" else relative
     return Coefficients(
-        sign=-1.0 if h.maximize else 1.0,
+        scale=-1.0 if h.maximize else 1.0,
         one_minus_beta1=1 - h.beta1,
         one_minus_beta2=1 - h.beta2,
-        step_size=h.lr * root / bias_correction1,
+        step_size=h.lr * root / correction1,
         eps=h.eps * root,
         decay=decay,
+        average=1 - ema_decay(h, t),
     )

@@ -33,7 +33,7 @@ def like(x: Tensor, weight: Tensor) -> Tensor:
     shared = x.data_ptr() == weight.data_ptr()  # the weight changes before x is done with
     if same_order(x, weight) and not x.is_conj() and not x.is_neg() and not shared:
         return x
-    return torch.empty_like(weight).copy_(x)
+    return torch.empty_like(weight, dtype=x.dtype).copy_(x)
 
 
 def has_memory(x: Tensor) -> bool:

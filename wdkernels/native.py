@@ -11,7 +11,7 @@ from torch import Tensor
 from wdkernels import layouts
 from wdkernels.coefficients import Hyper
 from wdkernels.device_memory import DeviceMemory
-from wdkernels.plan import Parameter, Weights
+from wdkernels.plan import Parameter, Request, Weights
 
 try:
     import wdkernels._C as _C
@@ -81,7 +81,9 @@ class Plan:
         """Numbers may change; what decides over the streams that are read may not."""
         self._core.set_hyper(group, _hyper(hyper))
 
-    def step(self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]]) -> bool:
+    def step(
+        self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]], request: Request
+    ) -> bool:
         """One optimizer step; False, with nothing done, if the plan is out of date."""
         stream, capturing = _stream_of(self._device) if self._on_gpu else (0, False)
         if capturing and not all(self._capturable):

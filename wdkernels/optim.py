@@ -17,11 +17,33 @@ Each class below says where its decay enters. All of them take, like torch.optim
     anchor       what weights decay to: "zero"; "initial", their values at construction; or a list
                  of tensors, one for each parameter of the group, copied (L2-SP, arXiv 1802.01483)
     decay_schedule   plain data from wdkernels.schedules, or None
+
+and of weights of 16 bits, which a step computes in float32 (docs/methods.md):
+
+    rounding     how they are stored: "stochastic", unbiased, by random bits that depend on seed,
+                 step, parameter and element alone; "kahan", what is lost is kept in a second
+                 tensor, `compensation`; "nearest", which loses small steps and most of the decay
+    master_weights   a float32 copy of them in the state is what is updated
+    moment_dtype     None: moments are float32, or of the weights' type if that is wider; or
+                 torch.bfloat16, always rounded stochastically
+    seed         an int in [0, 2^32) for all that is stochastic
+
+    ema_decay    k in [0, 1], or a schedule of it: the state holds an average of the weights,
+                 ema <- k ema + (1 - k) w after each step, which `ema_weights` swaps in
+
+All of these may differ between param groups. These are the whole optimizer's:
+
+    max_grad_norm    the gradients' global norm is clipped to it, as by
+                 torch.nn.utils.clip_grad_norm_, but they are not written
+    skip_nonfinite   a step whose gradients have no finite norm changes nothing, but is counted in
+                 `skipped_steps`
+    telemetry_every  n: each n-th step is measured, for `telemetry`
     backend      "auto", "native", "triton" or "eager"; what can't be had is a ValueError
 
-Everything but `backend` may differ between param groups. Parameters may be float32, float64 or
-complex (as pairs of reals), of any shape and strides. States are named as in torch.optim, and
-state dicts move both ways between torch.optim.Adam / AdamW and these classes.
+Parameters may be float32, float64, bfloat16, float16 or complex (as pairs of reals), of any shape
+and strides. States are named as in torch.optim, and state dicts move both ways between
+torch.optim.Adam / AdamW and these classes. torch.amp.GradScaler hands its scale to the step, which
+unscales the gradients as it reads them.
 
 A step checks everything before it writes anything: on an exception nothing has changed.
 """
@@ -29,7 +51,9 @@ A step checks everything before it writes anything: on an exception nothing has 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict
@@ -37,10 +61,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict
 import torch
 from torch import Tensor
 
-from wdkernels import checks, layouts, native, reference, triton_backend
-from wdkernels.coefficients import SENSELESS, Hyper, from_group
-from wdkernels.plan import Parameter, Plan
+from wdkernels import checks, layouts, native, reference, storage, triton_backend
+from wdkernels.coefficients import SENSELESS, Hyper, from_group, max_norm
+from wdkernels.plan import Parameter, Plan, Request
 from wdkernels.schedules import Schedule
+from wdkernels.telemetry import COLUMNS, Telemetry
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -56,6 +81,14 @@ class Common(TypedDict, total=False):
     maximize: bool
     capturable: bool
     decay_schedule: Schedule | None
+    rounding: str
+    master_weights: bool
+    moment_dtype: torch.dtype | None
+    seed: int
+    ema_decay: float | Schedule | None
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    telemetry_every: int | None
     backend: str
 
 
@@ -78,19 +111,27 @@ _BACKENDS = ("auto", *_MODULES, "eager")
 _COMMON = (
     *("lr", "betas", "eps", "weight_decay", "amsgrad"),
     *("maximize", "capturable", "anchor", "decay_schedule"),
+    *("rounding", "master_weights", "moment_dtype", "seed", "ema_decay"),
 )
+_OF_THE_WHOLE = ("max_grad_norm", "skip_nonfinite", "telemetry_every")
 _NUMBERS = ("lr", "betas", "eps", "weight_decay")
 _NO_STATE_DICT = (
     "this is not the state_dict of an optimizer, which holds 'state' and 'param_groups'"
 )
+_NOTHING = Request()
 _TORCH_CHOICES = ("foreach", "fused", "differentiable", "decoupled_weight_decay")
 
 
 class _Adam(torch.optim.Optimizer):
     """What the optimizers share: groups, state, state dicts and the choice of a backend."""
 
+    _step_supports_amp_scaling: ClassVar[bool] = True  # torch.amp.GradScaler asks
     _method: ClassVar[str]
     _own: ClassVar[tuple[str, ...]] = ()  # options that not all optimizers have
+
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    telemetry_every: int | None
 
     _plan: Plan | None
     _hypers: dict[int, Hyper]  # by group, in order
@@ -111,6 +152,14 @@ class _Adam(torch.optim.Optimizer):
         capturable: bool = False,
         anchor: Anchor = "zero",
         decay_schedule: Schedule | None = None,
+        rounding: str = "stochastic",
+        master_weights: bool = False,
+        moment_dtype: torch.dtype | None = None,
+        seed: int = 0,
+        ema_decay: float | Schedule | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        telemetry_every: int | None = None,
         backend: str = "auto",
         own: Mapping[str, Any] = MappingProxyType({}),
         **unknown: Any,
@@ -125,7 +174,11 @@ class _Adam(torch.optim.Optimizer):
             known = ", ".join(map(repr, _BACKENDS))
             raise ValueError(f"unknown backend {backend!r}; there are {known}")
         self._backend = backend
-        self._forget()
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.telemetry_every = telemetry_every
+        self._start()
+        self._check_whole()
         if not isinstance(params, (Tensor, dict)):
             entries: list[Any] = list(params)
             params = entries
@@ -142,6 +195,11 @@ class _Adam(torch.optim.Optimizer):
             "capturable": capturable,
             "anchor": anchor,
             "decay_schedule": decay_schedule,
+            "rounding": rounding,
+            "master_weights": master_weights,
+            "moment_dtype": moment_dtype,
+            "seed": seed,
+            "ema_decay": ema_decay,
         }
         super().__init__(params, {**defaults, **own})
         if not isinstance(anchor, str):
@@ -205,19 +263,25 @@ class _Adam(torch.optim.Optimizer):
                 f"each parameter of the group, not {anchor!r}"
             )
         hyper = self._hyper(group, index)
+        storage.check_group(params, hyper, f"group {index}")
         if "lr_max" in group:
             group["lr_max"] = hyper.lr_max
         if anchors is not None:
             for p, anchor in zip(params, anchors, strict=True):
                 # A copy: the tensors may be live parameters.
-                self.state[p]["anchor"] = torch.empty_like(p).copy_(anchor.detach())
+                dtype = _fitting(anchor, storage.anchor_dtypes(p))
+                self.state[p]["anchor"] = torch.empty_like(p, dtype=dtype).copy_(anchor.detach())
                 self._complete_state(p, hyper)
 
     def _hyper(self, group: dict[str, Any], index: int) -> Hyper:
+        # A host that is not to wait cannot count steps of which only the device knows.
+        counted = (self.skip_nonfinite or self._scaled) and any(p.is_cuda for p in group["params"])
         try:
-            hyper = from_group(self._method, group)
+            hyper = from_group(self._method, group, counted)
         except ValueError as error:
             raise ValueError(f"group {index}: {error}") from None
+        for k, p in enumerate(group["params"]):
+            storage.check(p, hyper, checks.name_of(group, index, k))
         if group["capturable"] and any(not p.is_cuda for p in group["params"]):
             raise ValueError(
                 f"group {index}: capturable=True is for parameters on a GPU, in CUDA graphs"
@@ -259,37 +323,102 @@ class _Adam(torch.optim.Optimizer):
 
         Returns what `closure` returned, which is called first, with gradients enabled.
         """
+        self._refuse_swapped("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        request = self._request()
         self._refresh_hypers()
-        if self._plan is None or not self._plan.step(self.state, self.param_groups):
-            self._step_anew()
+        if self._plan is None or not self._plan.step(self.state, self.param_groups, request):
+            self._step_anew(request)
+        self._calls += 1
+        self._grad_norm = request.grad_norm
+        if request.telemetry is not None:
+            self._measured = self._calls, request.telemetry, self._active_parameters()
         return loss
 
-    def _step_anew(self) -> None:
+    def _request(self) -> Request:
+        """What is asked of this step. Its tensors are new: nobody waits for those of the last."""
+        options = self.max_grad_norm, self.skip_nonfinite, self.telemetry_every
+        if options != self._checked:
+            self._check_whole()
+        found_inf = getattr(self, "found_inf", None)  # GradScaler sets both for this step
+        if found_inf is not None and not self._scaled:
+            self._scaled = True
+            self._forget()
+        if options == (None, False, None) and found_inf is None:
+            return _NOTHING
+        device = next(p.device for group in self.param_groups for p in group["params"])
+        norm = options[:2] != (None, False)
+        if (self.skip_nonfinite or found_inf is not None) and self._skipped is None:
+            self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        table = None
+        if self.telemetry_every is not None and (self._calls + 1) % self.telemetry_every == 0:
+            size = len(self._active_parameters()), len(COLUMNS)
+            table = torch.zeros(size, dtype=torch.float64, device=device)
+        return Request(
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=found_inf,
+            max_grad_norm=math.inf if self.max_grad_norm is None else self.max_grad_norm,
+            skip_nonfinite=self.skip_nonfinite,
+            grad_norm=torch.empty((), dtype=torch.float64, device=device) if norm else None,
+            skipped=self._skipped,
+            telemetry=table,
+        )
+
+    def _check_whole(self) -> None:
+        """The options of the whole optimizer; ValueError names the one that is wrong."""
+        max_norm(self.max_grad_norm)
+        if not isinstance(self.skip_nonfinite, bool):
+            raise ValueError(f"skip_nonfinite must be True or False, not {self.skip_nonfinite!r}")
+        every = self.telemetry_every
+        if every is not None and (type(every) is not int or every < 1):
+            raise ValueError(f"telemetry_every must be None or an int >= 1, not {every!r}")
+        self._checked = self.max_grad_norm, self.skip_nonfinite, self.telemetry_every
+        self._forget()
+
+    def _active_parameters(self) -> list[tuple[str, Tensor, str]]:
+        """Name, parameter and method of those that have a gradient."""
+        return [
+            (
+                group["param_names"][k] if "param_names" in group else f"{i}.{k}",
+                p,
+                self._method,
+            )
+            for i, group in enumerate(self.param_groups)
+            for k, p in enumerate(group["params"])
+            if p.grad is not None
+        ]
+
+    def _step_anew(self, request: Request) -> None:
         """The step of a new set of tensors, or of a backend that keeps no plan."""
         groups = self._checked_groups()
         backend = self._choose([p for group in self.param_groups for p in group["params"]])
         for group in groups:  # the first thing written, so after all checks
             group.states.extend(self._complete_state(p, group.hyper) for p in group.params)
         if backend is None:
-            reference.step([group._replace(hyper=group.hyper.read()) for group in groups])
+            groups = [group._replace(hyper=group.hyper.read()) for group in groups]
+            reference.step(groups, request)
             return
         plan: Plan = backend.Plan(
             [
-                Parameter(p, self.state.get(p) or None, i, checks.name_of(group, i, k))
-                for i, group in enumerate(self.param_groups)
-                for k, p in enumerate(group["params"])
+                Parameter(p, self.state.get(p) or None, i, checks.name_of(group, i, k), index)
+                for index, (i, k, group, p) in enumerate(self._places())
             ],
             list(self._hypers.values()),
             self.state,
             self.param_groups,
         )
-        if not plan.step(self.state, self.param_groups):
+        if not plan.step(self.state, self.param_groups, request):
             raise RuntimeError("tensors changed while the step was being prepared")
         self._plan = plan
+
+    def _places(self) -> Iterator[tuple[int, int, dict[str, Any], Tensor]]:
+        """Every parameter, with its group and its place there."""
+        for i, group in enumerate(self.param_groups):
+            for k, p in enumerate(group["params"]):
+                yield i, k, group, p
 
     def _choose(self, params: Sequence[Tensor]) -> ModuleType | None:
         """The backend that updates these parameters; None for the eager formulas."""
@@ -306,23 +435,20 @@ class _Adam(torch.optim.Optimizer):
     def _checked_groups(self) -> list[reference.Group]:
         """The parameters that have a gradient, after a look at everything a step relies on."""
         params, names = [], []
-        groups = []
-        for i, group in enumerate(self.param_groups):
-            hyper = self._hypers[i]
-            active = reference.Group(hyper, [], [], [])
-            for k, p in enumerate(group["params"]):
-                name = checks.name_of(group, i, k)
-                checks.check_parameter(p, name)
-                if layouts.has_memory(p):
-                    params.append(p)
-                    names.append(name)
-                if p.grad is None:
-                    continue
-                checks.check_gradient(p, name)
-                checks.check_live_state(p, self.state.get(p, {}), hyper, name)
-                active.params.append(p)
-                active.grads.append(p.grad)
-            groups.append(active)
+        groups = [reference.Group(hyper, [], [], [], []) for hyper in self._hypers.values()]
+        for index, (i, k, group, p) in enumerate(self._places()):
+            name = checks.name_of(group, i, k)
+            checks.check_parameter(p, name)
+            if layouts.has_memory(p):
+                params.append(p)
+                names.append(name)
+            if p.grad is None:
+                continue
+            checks.check_gradient(p, name)
+            checks.check_live_state(p, self.state.get(p, {}), self._hypers[i], name)
+            groups[i].params.append(p)
+            groups[i].grads.append(p.grad)
+            groups[i].indices.append(index)
         memory = [(p.data_ptr(), p.shape, p.stride()) for p in params]
         if memory != self._checked_memory:
             checks.check_memory(params, names)
@@ -341,9 +467,14 @@ class _Adam(torch.optim.Optimizer):
             )
         elif state["step"].device != device:  # capturable has been switched
             state["step"] = state["step"].to(device)
-        for key in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if hyper.amsgrad else [])):
+        for key in storage.entries(p, hyper):
             if key not in state:
-                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                dtype, *_ = storage.dtypes_of(key, p, hyper)
+                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format, dtype=dtype)
+                if key in ("master", "ema"):
+                    state[key].copy_(p.detach())
+        if hyper.ema_decay is None:
+            state.pop("ema", None)  # no longer kept up
         if hyper.amsgrad:
             state.pop("exp_avg_sq_sum", None)  # no longer kept up
         elif hyper.method == "swd" and "exp_avg_sq_sum" not in state:
@@ -352,7 +483,74 @@ class _Adam(torch.optim.Optimizer):
             state["exp_avg_sq_sum"] = v.sum(dtype=torch.float64)
         return state
 
+    # ---- what a step leaves behind -------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The global norm of the last step's gradients, unscaled and before clipping: 0-d, float64,
+        on the parameters' device. None without max_grad_norm and skip_nonfinite."""
+        return self._grad_norm
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many calls of `step` were skipped since construction: 0-d, int64, on the parameters'
+        device; because of `skip_nonfinite`, or because a GradScaler found an overflow."""
+        return torch.zeros((), dtype=torch.int64) if self._skipped is None else self._skipped
+
+    def telemetry(self) -> Telemetry:
+        """The quantities of the last measured step; RuntimeError if there was none."""
+        if self._measured is None:
+            raise RuntimeError(
+                "no step has been measured yet: construct the optimizer with telemetry_every=n, "
+                "and each n-th step is"
+            )
+        calls, table, parameters = self._measured
+        return Telemetry(
+            names=[name for name, _, _ in parameters],
+            numels=[p.numel() * (2 if p.is_complex() else 1) for _, p, _ in parameters],
+            methods=[method for _, _, method in parameters],
+            table=table,
+            step=calls,
+        )
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """In here the parameters have the values of their averages; afterwards their own again.
+
+            with opt.ema_weights():
+                evaluate(model)
+
+        Values are exchanged in place, a parameter at a time. Weights of 16 bits, whose averages
+        are float32, are set aside meanwhile. A parameter that has not been updated yet stays as it
+        is. Neither `step` nor `state_dict` can be called in here.
+        """
+        self._refuse_swapped("ema_weights()")
+        if all(group["ema_decay"] is None for group in self.param_groups):
+            raise RuntimeError("there are no averages: construct the optimizer with ema_decay")
+        self._swapped = True
+        aside: dict[Tensor, Tensor] = {}
+        swapped: list[Tensor] = []
+        try:
+            for *_, p in self._places():
+                if "ema" in self.state.get(p, {}):
+                    _exchange(p, self.state[p]["ema"], aside)
+                    swapped.append(p)
+            yield
+        finally:
+            for p in swapped:
+                _exchange(p, self.state[p]["ema"], aside)
+            self._swapped = False
+
+    def _refuse_swapped(self, what: str) -> None:
+        if self._swapped:
+            raise RuntimeError(f"{what} in ema_weights(), where weights and averages are exchanged")
+
     # ---- saving and loading --------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's; refused in `ema_weights`, where weights and averages are exchanged."""
+        self._refuse_swapped("state_dict()")
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch.optim.Adam / AdamW.
@@ -362,6 +560,7 @@ class _Adam(torch.optim.Optimizer):
         nothing changed, if it does not fit, or if its weight_decay is L2 where this one's is
         decoupled or the other way round.
         """
+        self._refuse_swapped("load_state_dict()")
         if not isinstance(state_dict, dict):
             raise ValueError(f"{_NO_STATE_DICT}; it is a {type(state_dict).__name__}")
         loaded: dict[str, Any] = {}
@@ -411,9 +610,10 @@ class _Adam(torch.optim.Optimizer):
         state = self.state[p] = {**self.state[p], **kept}
         if "step" in saved:
             state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).cpu().clone()
-        for key in checks.ALIKE:
+        for key in storage.ALIKE:
             if key in saved:
-                state[key] = saved[key].to(p.device, p.dtype, copy=True)
+                dtype = _fitting(saved[key], storage.dtypes_of(key, p, hyper))
+                state[key] = saved[key].to(p.device, dtype, copy=True)
         state.pop("exp_avg_sq_sum", None)
         if sums and "exp_avg_sq_sum" in saved:
             state["exp_avg_sq_sum"] = saved["exp_avg_sq_sum"].to(p.device, torch.float64, copy=True)
@@ -448,12 +648,16 @@ class _Adam(torch.optim.Optimizer):
             hyper = self._hyper(merged, i)
             if hyper.weight_decay != 0:
                 self._check_kind_of_decay(saved, i)
+            if any(p.dtype in storage.NARROW for p in group["params"]):
+                checks.check_saved_rounding(saved, group, i)
             for k, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
                 name = checks.name_of(group, i, k)
                 state = states.get(key, {})
                 if isinstance(state, dict) and "anchor" in self.state.get(p, {}):
                     state = {"anchor": self.state[p]["anchor"], **state}
                 checks.check_saved_state(p, state, hyper, name)
+                if "rounding" in saved:
+                    checks.check_kept(p, state, hyper, name)
         known = {key for saved in groups for key in saved["params"]}
         if strays := [repr(key) for key in states if key not in known]:
             raise ValueError(
@@ -480,10 +684,23 @@ class _Adam(torch.optim.Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_backend": self._backend}
+        self._refuse_swapped("copying")
+        whole = {key: getattr(self, key) for key in ("_backend", *_OF_THE_WHOLE)}
+        return {**super().__getstate__(), **whole}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._start()
+
+    def _start(self) -> None:
+        """Nothing has been done yet."""
+        self._calls = 0
+        self._scaled = False  # a GradScaler has been seen
+        self._checked: Any = None
+        self._skipped: Tensor | None = None
+        self._grad_norm: Tensor | None = None
+        self._measured: Any = None  # how many-th call, its table, its parameters
+        self._swapped = False
         self._forget()
 
     def _forget(self) -> None:
@@ -493,6 +710,24 @@ class _Adam(torch.optim.Optimizer):
         self._seen = {}
         self._checked_memory = []
         self._values = itemgetter(*_COMMON, *self._own)
+
+
+def _fitting(x: Tensor, dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    return x.dtype if x.dtype in dtypes else dtypes[0]
+
+
+def _exchange(p: Tensor, ema: Tensor, aside: dict[Tensor, Tensor]) -> None:
+    """The weight's values against the average's, there and back."""
+    with torch.no_grad():
+        if p.dtype == ema.dtype:
+            before = p.clone()
+            p.copy_(ema)
+            ema.copy_(before)
+        elif p in aside:
+            p.copy_(aside.pop(p))
+        else:
+            aside[p] = p.clone()
+            p.copy_(ema)
 
 
 class Adam(_Adam):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from wdkernels import checks, layouts
+from wdkernels import checks, layouts, storage
 from wdkernels.coefficients import Hyper
 
 
@@ -19,6 +20,19 @@ class Parameter(NamedTuple):
     state: dict[str, Any] | None
     group: int
     name: str
+    index: int = 0  # position over all groups
+
+
+class Request(NamedTuple):
+    """What a step is asked for, beside its tensors. Its own are on the first parameter's device."""
+
+    grad_scale: Tensor | None = None  # of a GradScaler: the gradients are so many times too large
+    found_inf: Tensor | None = None  # of a GradScaler: skip this step if it is not 0
+    max_grad_norm: float = math.inf
+    skip_nonfinite: bool = False
+    grad_norm: Tensor | None = None  # 0-d float64, to be written; None if nobody asks
+    skipped: Tensor | None = None  # 0-d int64, counts skipped steps; None where none can be
+    telemetry: Tensor | None = None  # to be written: float64 [parameters with a gradient, COLUMNS]
 
 
 class Plan(Protocol):
@@ -27,7 +41,9 @@ class Plan(Protocol):
     def set_hyper(self, group: int, hyper: Hyper) -> None:
         """Numbers may change; what decides over the streams that are read may not."""
 
-    def step(self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]]) -> bool:
+    def step(
+        self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]], request: Request
+    ) -> bool:
         """One optimizer step; False, with nothing done, if the plan is out of date."""
 
 
@@ -42,7 +58,7 @@ class Weights:
             weight = p.tensor.detach()
             if not layouts.is_dense(weight):
                 weight = self._copies[position] = torch.empty_like(weight)
-            for key in checks.ALIKE:
+            for key in storage.ALIKE:
                 if p.state is not None and key in p.state:
                     p.state[key] = layouts.like(p.state[key], weight)
 

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from wdkernels import schedules
 from wdkernels.coefficients import Hyper
+from wdkernels.plan import Request
 
 State = dict[str, Any]
 
@@ -48,9 +49,10 @@ class Group(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor]
     states: list[State]
+    indices: list[int]  # positions over all groups
 
 
-def step(groups: Sequence[Group]) -> None:
+def step(groups: Sequence[Group], request: Request) -> None:
     """One optimizer step, in place on parameters and states (each state's "step" included).
 
     To be called under ``torch.no_grad()``, with initialised states. Either every group uses "swd"
@@ -78,7 +80,7 @@ class _Parameter(NamedTuple):
 
 def _parameters(groups: Sequence[Group]) -> Iterator[_Parameter]:
     for h, *tensors in groups:
-        for w, g, state in zip(*tensors, strict=True):
+        for w, g, state, _ in zip(*tensors, strict=True):
             state["step"] += 1
             t = int(state["step"].item())
             lambda_t = h.weight_decay * schedules.factor(h.decay_schedule, t)

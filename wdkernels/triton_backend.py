@@ -25,7 +25,7 @@ from wdkernels.coefficients import (
     bias_correction2,
     coefficients,
 )
-from wdkernels.plan import Parameter, Weights
+from wdkernels.plan import Parameter, Request, Weights
 
 _REALS = {
     torch.float32: torch.float32,
@@ -129,7 +129,9 @@ class Plan:
             self._active = []  # the tables say who is
         self._hypers[group] = hyper
 
-    def step(self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]]) -> bool:
+    def step(
+        self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]], request: Request
+    ) -> bool:
         """One optimizer step; False, with nothing done, if the plan is out of date."""
         if not self._unchanged(state, param_groups):
             return False

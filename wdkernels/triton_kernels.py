@@ -116,7 +116,7 @@ def opposed(u, d):
 def update(x, c, amsgrad, cautious, decay: tl.constexpr):
     d = x.w - x.a
 
-    g = c.sign * x.g  # ascent or descent
+    g = c.scale * x.g  # ascent or descent
     if decay == "l2":
         g = g + c.decay * d  # penalty into the gradient
 
@@ -219,12 +219,13 @@ def piece_of(tensors, gradients, rows, pieces, SIZE: tl.constexpr):
 def coefficients_of(numbers, row):
     c = numbers + row * NUMBERS
     return Coefficients(
-        sign=tl.load(c),
+        scale=tl.load(c),
         one_minus_beta1=tl.load(c + 1),
         one_minus_beta2=tl.load(c + 2),
         step_size=tl.load(c + 3),
         eps=tl.load(c + 4),
         decay=tl.load(c + 5),
+        average=tl.load(c + 6),
     )
 
 
@@ -264,7 +265,7 @@ def update_block(
     WHOLE: tl.constexpr,
 ):
     """The step of SIZE elements, `offset` past the chunk's first; their part of the sums."""
-    T: tl.constexpr = c.sign.dtype
+    T: tl.constexpr = c.scale.dtype
     here = inside(p.size - offset, SIZE, WHOLE)
     amsgrad = p.vmax != 0 if AMSGRAD else False
     cautious = p.cautious if CAUTIOUSLY else False
@@ -293,7 +294,7 @@ def update_block(
         tl.store(vmax, y.vmax, only(here, amsgrad))
 
     if decay == "projection":
-        terms = projection_terms(x.w, c.sign * x.g, x.a, y.w)
+        terms = projection_terms(x.w, c.scale * x.g, x.a, y.w)
         sums = ProjectionTerms(
             alignment=tl.sum(tl.where(here, terms.alignment, 0.0).to(tl.float64)),
             distance2=tl.sum(tl.where(here, terms.distance2, 0.0).to(tl.float64)),
@@ -519,6 +520,7 @@ def coefficients_kernel(counters, hypers, numbers, exact, count, decay: tl.const
     tl.store(row + 3, lr * root / bias_correction1, here)
     tl.store(row + 4, tl.load(h + EPS, here, 0.0) * root, here)
     tl.store(row + 5, lambda_t, here)
+    tl.store(row + 6, 0.0, here)
     tl.store(exact + i * EXACT + LAMBDA, lambda_t, here)
     tl.store(exact + i * EXACT + ONE_MINUS_BETA2, 1 - beta2, here)
     tl.store(exact + i * EXACT + BIAS_CORRECTION2, bias_correction2, here)

@@ -1,0 +1,136 @@
+"""What a measured step tells of itself: norms, angles and rates, by parameter and in total."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The columns of the table that the backends write, a row for each parameter with a gradient. Old
+# weights w, the gradient g after line 0 of the step, Adam's step u (wdkernels/optim.py).
+COLUMNS = (
+    "weight2",  # sum of w^2
+    "grad2",  # sum of g^2, without what clipping did to it
+    "update2",  # sum of u^2
+    "decay2",  # sum of the squares of what the decay adds, where it enters
+    "distance2",  # sum of (w - a)^2
+    "update_weight",  # sum of u w
+    "rate",  # sum of eta / (sqrt(v_hat) + eps)
+    "lr",  # eta
+    "decay",  # what multiplies w - a
+    "selected",  # SPD: 1 or 0
+    "ratio",  # SPD: r
+    "mean_v",  # SWD: V
+)
+
+
+class Telemetry(Mapping[str, Mapping[str, Tensor]]):
+    """The quantities of one measured step: `telemetry["fc.weight"]["update_norm"]`, 0-d float64
+    tensors on the parameters' device; `total` has those of all parameters together.
+
+        weight_norm            |w|, of the weights before the step
+        grad_norm              |g|, unscaled and before clipping
+        update_norm            |u|, of Adam's step (for L2 and unmixed the decay is a part of it)
+        decay_norm             norm of the decay applied: of d_t (w - a), of SPD's pull, of the
+                               decay's part of u if unmixed; for L2 of lambda_t (w - a), which
+                               enters the gradient
+        anchor_distance        |w - a|
+        update_weight_cosine   u.w / (|u| |w|)
+        relative_update        |u| / |w|
+        effective_lr           mean over the elements of eta / (sqrt(v_hat) + eps)
+        lr_over_weight_norm2   eta / |w|^2: of a scale-invariant weight, its learning rate
+        weight_grad_product    |w| |g|: of a scale-invariant weight, independent of its scale
+        lr, decay              eta, and the number that multiplies w - a in this step
+        selected, ratio        SPD: whether (in total: how many) tensors were selected, and r
+        sqrt_mean_v            SWD: sqrt(V)
+
+    Nothing waits for the device until numbers are asked for: `to_dict`, `rows`, `write`.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        numels: Sequence[int],
+        methods: Sequence[str],
+        table: Tensor,
+        step: int,
+    ) -> None:
+        self.step = step  # how many-th call of the optimizer's step() this was
+        columns = dict(zip(COLUMNS, table.unbind(1), strict=True))
+        sizes = torch.tensor(numels, dtype=torch.float64)
+        sizes = sizes.to(table.device, non_blocking=True)
+        each = _quantities(columns, sizes)
+        self._names = list(names)
+        self._places = {name: place for place, name in enumerate(names)}
+        self._keys = [[*each, *_OF_METHOD.get(method, ())] for method in methods]
+        each.update(selected=columns["selected"], ratio=columns["ratio"])
+        each.update(sqrt_mean_v=columns["mean_v"].sqrt())
+        self._each = each
+
+        sums = {name: column.sum() for name, column in columns.items()}
+        count = sizes.sum()
+        sums["lr"] = (columns["lr"] * sizes).sum() / count
+        total = _quantities(sums, count)
+        for key in ("lr", "decay"):  # of groups, not of a model
+            del total[key]
+        if "spd" in methods:
+            total["selected"] = sums["selected"]
+        if "swd" in methods:
+            total["sqrt_mean_v"] = columns["mean_v"].max().sqrt()
+        self.total: Mapping[str, Tensor] = total
+
+    def __getitem__(self, name: str) -> Mapping[str, Tensor]:
+        place = self._places[name]
+        return {key: self._each[key][place] for key in self._keys[place]}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """All of it as plain numbers, by parameter's name; that of all parameters is "total"."""
+        columns = {key: column.tolist() for key, column in self._each.items()}
+        found = {
+            name: {key: columns[key][place] for key in self._keys[place]}
+            for name, place in self._places.items()
+        }
+        found["total"] = {key: value.item() for key, value in self.total.items()}
+        return found
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each parameter and one for the total, as for `pandas.DataFrame`."""
+        return [{"parameter": name, **row} for name, row in self.to_dict().items()]
+
+    def write(self, writer: Any, step: int | None = None) -> None:
+        """To TensorBoard's SummaryWriter, or whatever has `add_scalar(tag, value, global_step)`.
+
+        Tags are quantity/parameter, so that a chart's panel holds one quantity.
+        """
+        for name, row in self.to_dict().items():
+            for key, value in row.items():
+                writer.add_scalar(f"{key}/{name}", value, self.step if step is None else step)
+
+
+_OF_METHOD = {"spd": ("selected", "ratio"), "swd": ("sqrt_mean_v",)}
+
+
+def _quantities(x: Mapping[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
+    weight, grad, update = x["weight2"].sqrt(), x["grad2"].sqrt(), x["update2"].sqrt()
+    return {
+        "weight_norm": weight,
+        "grad_norm": grad,
+        "update_norm": update,
+        "decay_norm": x["decay2"].sqrt(),
+        "anchor_distance": x["distance2"].sqrt(),
+        "update_weight_cosine": x["update_weight"] / (update * weight),
+        "relative_update": update / weight,
+        "effective_lr": x["rate"] / sizes,
+        "lr_over_weight_norm2": x["lr"] / x["weight2"],
+        "weight_grad_product": weight * grad,
+        "lr": x["lr"],
+        "decay": x["decay"],
+    }
