@@ -137,6 +137,14 @@ class _Adam(torch.optim.Optimizer):
     _hypers: dict[int, Hyper]  # by group, in order
     _seen: dict[int, Any]  # the values they were made from
     _checked_memory: list[Any]
+    _calls: int
+    _scaled: bool  # a GradScaler has been seen
+    _checked: tuple[Any, ...] | None  # the whole optimizer's options, when they were looked at
+    _skipped: Tensor | None
+    _grad_norm: Tensor | None
+    # How many-th call it was, its table, and the parameters' names, tensors and methods.
+    _measured: tuple[int, Tensor, list[tuple[str, Tensor, str]]] | None
+    _swapped: bool  # weights and averages
     _values: Callable[[dict[str, Any]], tuple[Any, ...]]
 
     def __init__(
@@ -695,11 +703,11 @@ class _Adam(torch.optim.Optimizer):
     def _start(self) -> None:
         """Nothing has been done yet."""
         self._calls = 0
-        self._scaled = False  # a GradScaler has been seen
-        self._checked: Any = None
-        self._skipped: Tensor | None = None
-        self._grad_norm: Tensor | None = None
-        self._measured: Any = None  # how many-th call, its table, its parameters
+        self._scaled = False
+        self._checked = None
+        self._skipped = None
+        self._grad_norm = None
+        self._measured = None
         self._swapped = False
         self._forget()
 
