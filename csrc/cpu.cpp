@@ -3,13 +3,9 @@
 // This file is compiled once per instruction set (WDK_ISA: baseline, avx2, avx512) into a
 // namespace of that name; dispatch.cpp chooses at run time. It therefore calls nothing out of line
 // but the C library and OpenMP: a shared inline function could be merged across instruction sets.
-#include "cpu.h"
-
 #include <sched.h>
 
-#ifndef WDK_ISA
-#define WDK_ISA baseline
-#endif
+#include "cpu_tile.h"
 
 namespace wdk::WDK_ISA {
 
@@ -21,224 +17,6 @@ constexpr int kLanes = 16;
 
 // Terms that are added in their own type before they are added in double.
 constexpr int kRun = 16;
-
-// Elements of a tile: what passes through scratch stays in the L1 cache.
-constexpr int kTile = 1024;
-
-// ---- run-time flags and types become template arguments here, and nowhere else -------------------
-
-template <bool value>
-struct Flag {
-  static constexpr bool on = value;
-};
-
-template <class Body>
-WDK_INLINE void with(bool flag, const Body& body) {
-  if (flag)
-    body(Flag<true>{});
-  else
-    body(Flag<false>{});
-}
-
-// What is computed in.
-template <class Body>
-WDK_INLINE void with_type(DType type, const Body& body) {
-  if (type == DType::float32)
-    body(float{});
-  else
-    body(double{});
-}
-
-template <class Body>
-WDK_INLINE void with_storage(DType type, const Body& body) {
-  switch (type) {
-    case DType::float32:
-      return body(float{});
-    case DType::float64:
-      return body(double{});
-    case DType::bfloat16:
-      return body(BFloat16{});
-    case DType::float16:
-      return body(Float16{});
-  }
-}
-
-template <class Body>
-WDK_INLINE void with_narrow(DType type, const Body& body) {
-  if (type == DType::bfloat16)
-    body(BFloat16{});
-  else
-    body(Float16{});
-}
-
-// ---- tiles -------------------------------------------------------------------------------------
-
-template <class S>
-S* at(void* stream, int64_t begin) {
-  return static_cast<S*>(stream) + begin;
-}
-template <class S>
-const S* at(const void* stream, int64_t begin) {
-  return static_cast<const S*>(stream) + begin;
-}
-
-template <class T>
-constexpr DType dtype_of = sizeof(T) == 8 ? DType::float64 : DType::float32;
-
-// To 16 bits, stochastically; element i has the noise of `first` + i.
-template <bool high, class S>
-void store_randomly(S* __restrict to, const float* __restrict from, int n, uint32_t key,
-                    uint32_t first) {
-  for (int i = 0; i < n; ++i) {
-    const uint32_t random = noise(key, first + uint32_t(i));
-    to[i].bits = narrow<false>(from[i], high ? random >> 16 : random, S{});
-  }
-}
-
-template <class S>
-void store_nearest(S* __restrict to, const float* __restrict from, int n) {
-  for (int i = 0; i < n; ++i) to[i].bits = narrow<true>(from[i], 0, S{});
-}
-
-// Kahan: what the weight cannot hold.
-template <class S>
-void store_both(S* __restrict to, S* __restrict rest, const float* __restrict from, int n) {
-  for (int i = 0; i < n; ++i) {
-    const float x = from[i];
-    const S stored{narrow<true>(x, 0, S{})};
-    to[i] = stored;
-    rest[i].bits = narrow<true>(x - widen(stored), 0, S{});
-  }
-}
-
-template <class S>
-void load_both(float* __restrict to, const S* __restrict from, const S* __restrict rest, int n) {
-  for (int i = 0; i < n; ++i) to[i] = widen(from[i]) + widen(rest[i]);
-}
-
-// Some elements of a tensor as the rule sees them, every stream in the type that is computed in:
-// where it lies, if it lies there so, or else in scratch, from where it is stored again.
-template <class T>
-class Tile {
- public:
-  T* w;
-  const T* g;
-  T *m, *v, *vmax;
-  const T* a;
-  int n;
-
-  Tile(const Tensor& tensor, const Row& row) : tensor_(tensor), hyper_(row.hyper) {
-    const Noise keys(tensor_key(row.numbers.key, tensor.index));
-    weight_key_ = keys.weight;
-    pulled_key_ = keys.pulled;
-    moments_key_ = keys.moments;
-  }
-
-  // The elements that the calls below are about: at most kTile, unless all streams are plain.
-  WDK_INLINE void move_to(int64_t begin, int64_t size) {
-    begin_ = begin;
-    n = static_cast<int>(size);
-  }
-
-  WDK_INLINE void load_weight() {
-    if (tensor_.master)
-      w = at<T>(tensor_.master, begin_);
-    else if (tensor_.compensation)
-      load_compensated();
-    else
-      w = load(scratch_w_, tensor_.w, tensor_.weight_type);
-  }
-  WDK_INLINE void load_gradient() { g = load(scratch_g_, tensor_.g, tensor_.weight_type); }
-  WDK_INLINE void load_moments() {
-    m = load(scratch_m_, tensor_.m, tensor_.moment_type);
-    v = load(scratch_v_, tensor_.v, tensor_.moment_type);
-    vmax = tensor_.vmax ? load(scratch_vmax_, tensor_.vmax, tensor_.moment_type) : nullptr;
-  }
-  // `always`: if there is none, zeros, with which w - a has the bits of w.
-  WDK_INLINE void load_anchor(bool always = false) {
-    a = hyper_.is.anchored ? load(scratch_a_, tensor_.a, tensor_.anchor_type) : nullptr;
-    if (a || !always) return;
-    for (int i = 0; i < n; ++i) scratch_a_[i] = 0;
-    a = scratch_a_;
-  }
-
-  // `pulled`: once more in the same step.
-  WDK_INLINE void store_weight(bool pulled) {
-    if (!is_narrow(tensor_.weight_type)) return;
-    if constexpr (sizeof(T) == sizeof(float))
-      with_narrow(tensor_.weight_type, [&](auto type) {
-        using S = decltype(type);
-        S* to = at<S>(tensor_.w, begin_);
-        if (tensor_.compensation)
-          store_both(to, at<S>(tensor_.compensation, begin_), w, n);
-        else if (tensor_.master || hyper_.rounding == Rounding::nearest)
-          store_nearest(to, w, n);
-        else
-          store_randomly<false>(to, w, n, pulled ? pulled_key_ : weight_key_, uint32_t(begin_));
-      });
-  }
-  WDK_INLINE void store_moments() {
-    if (tensor_.moment_type == dtype_of<T>) return;
-    if constexpr (sizeof(T) == sizeof(float)) {
-      const auto first = uint32_t(begin_);
-      store_randomly<false>(at<BFloat16>(tensor_.m, begin_), m, n, moments_key_, first);
-      store_randomly<true>(at<BFloat16>(tensor_.v, begin_), v, n, moments_key_, first);
-      if (vmax)
-        store_randomly<true>(at<BFloat16>(tensor_.vmax, begin_), vmax, n, moments_key_, first);
-    }
-  }
-
-  // With the weight as it has been stored.
-  WDK_INLINE void update_average(const Coefficients<T>& c) {
-    if (!tensor_.ema) return;
-    with_storage(tensor_.weight_type, [&](auto type) {
-      const Coefficients<T> numbers = c;  // a copy no store can alias
-      T* __restrict ema = at<T>(tensor_.ema, begin_);
-      const auto* __restrict stored =
-          at<decltype(type)>(static_cast<const void*>(tensor_.w), begin_);
-      for (int i = 0; i < n; ++i) ema[i] = average(ema[i], T(widen(stored[i])), numbers);
-    });
-  }
-
- private:
-  template <class Stream>
-  WDK_INLINE auto load(T* scratch, Stream* stream, DType type) {
-    using Address = decltype(at<T>(stream, begin_));
-    if (type == dtype_of<T>) return at<T>(stream, begin_);
-    with_storage(type, [&](auto storage) {
-      T* __restrict to = scratch;
-      const auto* __restrict from = at<decltype(storage)>(static_cast<const void*>(stream), begin_);
-      for (int i = 0; i < n; ++i) to[i] = T(widen(from[i]));
-    });
-    return Address(scratch);
-  }
-
-  WDK_INLINE void load_compensated() {
-    if constexpr (sizeof(T) == sizeof(float))
-      with_narrow(tensor_.weight_type, [&](auto type) {
-        using S = decltype(type);
-        load_both(scratch_w_, at<S>(tensor_.w, begin_), at<S>(tensor_.compensation, begin_), n);
-      });
-    w = scratch_w_;
-  }
-
-  const Tensor& tensor_;
-  const Hyper& hyper_;
-  uint32_t weight_key_, pulled_key_, moments_key_;
-  int64_t begin_ = 0;
-  alignas(64) T scratch_w_[kTile], scratch_g_[kTile], scratch_m_[kTile], scratch_v_[kTile],
-      scratch_vmax_[kTile], scratch_a_[kTile];
-};
-
-// Calls body() with the tile at each part of a chunk in turn.
-template <class T, class Body>
-WDK_INLINE void for_each_tile(Tile<T>& tile, const Chunk& chunk, int size, const Body& body) {
-  for (int64_t done = 0; done < chunk.size; done += size) {
-    const int64_t left = chunk.size - done;
-    tile.move_to(chunk.begin + done, left < size ? left : size);
-    body();
-  }
-}
 
 // ---- elementwise -------------------------------------------------------------------------------
 
@@ -273,51 +51,64 @@ void pull(const Tile<T>& s, T shrink) {
 
 // ---- sums over elements ------------------------------------------------------------------------
 
-// N sums in kLanes accumulators each; term(i, terms) gives what element i adds to them, in T, and may
-// write element i of its streams, which do not overlap. Runs of kRun terms are added in T before
-// they are added in double: for float that halves the cost, and a run's rounding is no larger than
-// that of its terms.
-template <class T, int N>
+// N sums in `width` accumulators each; term(i, terms) gives what element i adds to the first
+// `count` of them, in T, and may write element i of its streams, which do not overlap. Runs of kRun
+// terms are added in T before they are added in double: for float that halves the cost, and a run's
+// rounding is no larger than that of its terms.
+template <class T, int N, int width = kLanes>
 struct Sums {
-  double lanes[N][kLanes] = {};
+  double lanes[N][width] = {};
 
-  template <class Term>
+  template <int count = N, class Term>
   WDK_INLINE void add(int64_t n, const Term& term) {
     int64_t i = 0;
-    for (; i + kRun * kLanes <= n; i += kRun * kLanes) add_run<kRun>(i, term);
-    for (; i + kLanes <= n; i += kLanes) add_run<1>(i, term);
+    for (; i + kRun * width <= n; i += kRun * width) add_run<kRun, count>(i, term);
+    for (; i + width <= n; i += width) add_run<1, count>(i, term);
     for (int lane = 0; i < n; ++i, ++lane) {
-      T terms[N];
+      T terms[count];
       term(i, terms);
-      for (int k = 0; k < N; ++k) lanes[k][lane] += double(terms[k]);
+      for (int k = 0; k < count; ++k) lanes[k][lane] += double(terms[k]);
     }
   }
 
-  template <int size, class Term>
+  template <int size, int count = N, class Term>
   WDK_INLINE void add_run(int64_t begin, const Term& term) {
-    T run[N][kLanes] = {};
-    for (int64_t i = begin; i < begin + size * kLanes; i += kLanes)
+    T run[count][width] = {};
+    for (int64_t i = begin; i < begin + size * width; i += width)
 #pragma GCC ivdep
-      for (int lane = 0; lane < kLanes; ++lane) {
-        T terms[N];
+      for (int lane = 0; lane < width; ++lane) {
+        T terms[count];
         term(i + lane, terms);
-        for (int k = 0; k < N; ++k) run[k][lane] += terms[k];
+        for (int k = 0; k < count; ++k) run[k][lane] += terms[k];
       }
-    for (int k = 0; k < N; ++k)
-      for (int lane = 0; lane < kLanes; ++lane) lanes[k][lane] += double(run[k][lane]);
+    for (int k = 0; k < count; ++k)
+      for (int lane = 0; lane < width; ++lane) lanes[k][lane] += double(run[k][lane]);
   }
 
   double total(int k) const {
     double sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += lanes[k][lane];
+    for (int lane = 0; lane < width; ++lane) sum += lanes[k][lane];
     return sum;
   }
 };
 
+// Telemetry's seven sums, and the projection's three where there is one. In half as many
+// accumulators: more would not stay in registers.
+template <class T>
+using MeasuringSums = Sums<T, 10, kLanes / 2>;
+
+// From four places at once: along one run of addresses alone, fewer reads are in flight than memory
+// can serve, which costs a third of its speed.
 template <class S>
 void add_squares(Sums<double, 1>& sums, const S* __restrict g, int64_t n) {
-  sums.add(n,
-           [=](int64_t i, double* terms) { terms[0] = double(widen(g[i])) * double(widen(g[i])); });
+  const auto term = [=](int64_t i, double* terms) {
+    terms[0] = double(widen(g[i])) * double(widen(g[i]));
+  };
+  const int64_t quarter = n / (4 * kLanes) * kLanes;
+  for (int64_t i = 0; i < quarter; i += kLanes)
+    for (int k = 0; k < 4; ++k) sums.template add_run<1>(k * quarter + i, term);
+  const int64_t rest = 4 * quarter;
+  sums.add(n - rest, [=](int64_t i, double* terms) { term(rest + i, terms); });
 }
 
 // The maximum has no recurrence, so this phase computes it and the next one computes it again.
@@ -351,33 +142,37 @@ void step_and_sum(Sums<T, 3>& sums, const Tile<T>& s, const Coefficients<T>& c) 
   });
 }
 
-// The step, and what it adds to telemetry's sums and the projection's. There is an anchor: the few
-// steps that are measured may read zeros.
+// The step, and what it adds to telemetry's sums. There is an anchor: the few steps that are
+// measured may read zeros.
 template <Decay decay, bool amsgrad, bool cautious, class T>
-void step_and_measure(Sums<T, 10>& sums, const Tile<T>& s, const Coefficients<T>& c) {
+void step_and_measure(MeasuringSums<T>& sums, const Tile<T>& s, const Coefficients<T>& c) {
   static constexpr Variant is{decay, true, amsgrad, cautious};
-  sums.add(s.n,
-           [w = s.w, g = s.g, m = s.m, v = s.v, vmax = s.vmax, a = s.a, c](int64_t i, T* terms) {
-             Element<T> x{w[i], g[i], m[i], v[i], amsgrad ? vmax[i] : T(0), a[i], 0, 0};
-             const T before = x.w;
-             update(x, c, is);
-             w[i] = x.w;
-             m[i] = x.m;
-             v[i] = x.v;
-             if (amsgrad) vmax[i] = x.vmax;
-             const ProjectionTerms<T> p = projection_terms(before, c.scale * x.g, x.a, x.w, true);
-             terms[0] = p.alignment;
-             terms[1] = p.distance2;
-             terms[2] = p.growth2;
-             const MeasuredTerms<T> t = measured_terms(before, x, c, is);
-             terms[3] = t.weight2;
-             terms[4] = t.gradient2;
-             terms[5] = t.update2;
-             terms[6] = t.decay2;
-             terms[7] = t.distance2;
-             terms[8] = t.update_weight;
-             terms[9] = t.rate;
-           });
+  constexpr bool projected = decay == Decay::projection;
+  const auto term = [w = s.w, g = s.g, m = s.m, v = s.v, vmax = s.vmax, a = s.a, c](int64_t i,
+                                                                                    T* terms) {
+    Element<T> x{w[i], g[i], m[i], v[i], amsgrad ? vmax[i] : T(0), a[i], 0, 0};
+    const T before = x.w;
+    update(x, c, is);
+    w[i] = x.w;
+    m[i] = x.m;
+    v[i] = x.v;
+    if (amsgrad) vmax[i] = x.vmax;
+    const MeasuredTerms<T> t = measured_terms(before, x, c, is);
+    terms[0] = t.weight2;
+    terms[1] = t.gradient2;
+    terms[2] = t.update2;
+    terms[3] = t.decay2;
+    terms[4] = t.distance2;
+    terms[5] = t.update_weight;
+    terms[6] = t.rate;
+    if (projected) {
+      const ProjectionTerms<T> p = projection_terms(before, c.scale * x.g, x.a, x.w, true);
+      terms[7] = p.alignment;
+      terms[8] = p.distance2;
+      terms[9] = p.growth2;
+    }
+  };
+  sums.template add<projected ? 10 : 7>(s.n, term);
 }
 
 // ---- one chunk ---------------------------------------------------------------------------------
@@ -434,7 +229,7 @@ void step_tile(const Tile<T>& s, const Coefficients<T>& c, Variant is) {
 }
 
 template <class T>
-void measure_tile(Sums<T, 10>& sums, const Tile<T>& s, const Coefficients<T>& c, Variant is) {
+void measure_tile(MeasuringSums<T>& sums, const Tile<T>& s, const Coefficients<T>& c, Variant is) {
   with(is.amsgrad, [&](auto amsgrad) {
     constexpr bool has_max = decltype(amsgrad)::on;
     switch (is.decay) {
@@ -469,18 +264,20 @@ void update_chunk(const CpuWork& work, int64_t index) {
         tile.load_gradient();
         tile.load_moments();
         tile.load_anchor(work.measured);
+        if (!whole) tile.fetch_weights();
         body();
+        if (!whole) tile.fetch_moments();
         tile.store_weight(false);
         tile.store_moments();
-        if (!projected) tile.update_average(c);  // else by the second touch
+        if (!projected) tile.update_average(c);  // else in the second touch
       });
     };
     if (work.measured) {
-      Sums<T, 10> sums;
+      MeasuringSums<T> sums;
       for_each([&] { measure_tile(sums, tile, c, is); });
       const auto total = [&](int k) { return sums.total(k); };
-      work.projections[index] = {total(0), total(1), total(2)};
-      work.measured[index] = {total(3), total(4), total(5), total(6), total(7), total(8), total(9)};
+      work.measured[index] = {total(0), total(1), total(2), total(3), total(4), total(5), total(6)};
+      work.projections[index] = {total(7), total(8), total(9)};
     } else if (projected) {
       Sums<T, 3> sums;
       with(is.anchored, [&](auto anchored) {
@@ -511,7 +308,7 @@ void pull_chunk(const CpuWork& work, int64_t index) {
     for_each_tile(tile, chunk, kTile, [&] {
       if (shrink != 0) {
         tile.load_weight();
-        tile.load_anchor();
+        tile.load_anchor(false);
         with(row.hyper.is.anchored,
              [&](auto anchored) { pull<decltype(anchored)::on>(tile, T(shrink)); });
         tile.store_weight(true);
@@ -546,9 +343,11 @@ void wait_for_batch(const CpuWork& work, const Item& item) {
 
 // ---- all chunks --------------------------------------------------------------------------------
 
+// The last items first: what they leave in the caches is not there any more when the update, which
+// begins at the other end, has come to them; what the first ones leave is read at once.
 void square(const CpuWork& work) {
 #pragma omp parallel for schedule(dynamic) if (work.parallel)
-  for (int32_t i = 0; i < work.n_items; ++i)
+  for (int32_t i = work.n_items - 1; i >= 0; --i)
     for (int32_t k = work.items[i].first_chunk; k < work.items[i].last_chunk; ++k)
       if (!work.items[i].second_touch) square_chunk(work, k);
 }

@@ -100,7 +100,7 @@ template <bool nearest>
 WDK_INLINE uint16_t narrow(float x, uint32_t random, BFloat16) {
   const uint32_t bits = bits_of(x);
   const uint32_t up = nearest ? 0x7fffu + ((bits >> 16) & 1u) : random & 0xffffu;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : uint16_t((bits + up) >> 16);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : uint16_t((bits + up) >> 16);  // NaN stays
 }
 
 template <bool nearest>

@@ -1,0 +1,257 @@
+// How the CPU loops see a tensor: some elements at a time, every stream in the type it is computed
+// in. Included by cpu.cpp alone, once per instruction set.
+#pragma once
+
+#include "cpu.h"
+
+#ifndef WDK_ISA
+#define WDK_ISA baseline
+#endif
+
+namespace wdk::WDK_ISA {
+
+namespace {
+
+// Elements of a tile: what passes through scratch stays in the L1 cache, and what the next tile
+// reads fits the queue of outstanding reads.
+constexpr int kTile = 256;
+
+// ---- run-time flags and types become template arguments here, and nowhere else -------------------
+
+template <bool value>
+struct Flag {
+  static constexpr bool on = value;
+};
+
+template <class Body>
+WDK_INLINE void with(bool flag, const Body& body) {
+  if (flag)
+    body(Flag<true>{});
+  else
+    body(Flag<false>{});
+}
+
+// What is computed in.
+template <class Body>
+WDK_INLINE void with_type(DType type, const Body& body) {
+  if (type == DType::float32)
+    body(float{});
+  else
+    body(double{});
+}
+
+template <class Body>
+WDK_INLINE void with_narrow(DType type, const Body& body) {
+  if (type == DType::bfloat16)
+    body(BFloat16{});
+  else
+    body(Float16{});
+}
+
+template <class Body>
+WDK_INLINE void with_storage(DType type, const Body& body) {
+  if (is_narrow(type))
+    with_narrow(type, body);
+  else
+    with_type(type, body);
+}
+
+// ---- streams -----------------------------------------------------------------------------------
+
+template <class S>
+WDK_INLINE S* at(void* stream, int64_t begin) {
+  return static_cast<S*>(stream) + begin;
+}
+template <class S>
+WDK_INLINE const S* at(const void* stream, int64_t begin) {
+  return static_cast<const S*>(stream) + begin;
+}
+
+// Loops over streams that are not as they are computed with. Not inlined: their callers are many.
+
+#define WDK_OUTLINE __attribute__((noinline))
+
+template <class T, class S>
+WDK_OUTLINE void widen_all(T* __restrict to, const S* __restrict from, int n) {
+  for (int i = 0; i < n; ++i) to[i] = T(widen(from[i]));
+}
+
+// To 16 bits, stochastically; element i has the noise of `first` + i, or that noise's high half.
+template <bool high, class S>
+WDK_OUTLINE void store_randomly(S* __restrict to, const float* __restrict from, int n, uint32_t key,
+                                uint32_t first) {
+  for (int i = 0; i < n; ++i) {
+    const uint32_t random = noise(key, first + uint32_t(i));
+    to[i].bits = narrow<false>(from[i], high ? random >> 16 : random, S{});
+  }
+}
+
+template <class S>
+WDK_OUTLINE void store_nearest(S* __restrict to, const float* __restrict from, int n) {
+  for (int i = 0; i < n; ++i) to[i].bits = narrow<true>(from[i], 0, S{});
+}
+
+// Kahan: with what the weight cannot hold.
+template <class S>
+WDK_OUTLINE void store_both(S* __restrict to, S* __restrict rest, const float* __restrict from,
+                            int n) {
+  for (int i = 0; i < n; ++i) {
+    const float x = from[i];
+    const S stored{narrow<true>(x, 0, S{})};
+    to[i] = stored;
+    rest[i].bits = narrow<true>(x - widen(stored), 0, S{});
+  }
+}
+
+template <class S>
+WDK_OUTLINE void load_both(float* __restrict to, const S* __restrict from, const S* __restrict rest,
+                           int n) {
+  for (int i = 0; i < n; ++i) to[i] = widen(from[i]) + widen(rest[i]);
+}
+
+template <class T, class S>
+WDK_OUTLINE void average_all(T* __restrict ema, const S* __restrict stored, int n,
+                             const Coefficients<T>& coefficients) {
+  const Coefficients<T> c = coefficients;  // a copy no store can alias
+  for (int i = 0; i < n; ++i) ema[i] = average(ema[i], T(widen(stored[i])), c);
+}
+
+#undef WDK_OUTLINE
+
+// Some elements of a tensor, every stream in T: where it lies, if it lies there so, or else in
+// scratch, from where it is stored again.
+template <class T>
+class Tile {
+ public:
+  T* w;
+  const T* g;
+  T *m, *v, *vmax;
+  const T* a;
+  int n;
+
+  Tile(const Tensor& tensor, const Row& row)
+      : tensor_(tensor), hyper_(row.hyper), keys_(tensor_key(row.numbers.key, tensor.index)) {}
+
+  // The elements that the calls below are about: at most kTile, unless no stream needs scratch.
+  void move_to(int64_t begin, int64_t size) {
+    begin_ = begin;
+    n = static_cast<int>(size);
+  }
+
+  void load_weight() {
+    if (tensor_.master)
+      w = at<T>(tensor_.master, begin_);
+    else if (tensor_.compensation)
+      load_compensated();
+    else
+      w = load(scratch_w_, tensor_.w, tensor_.weight_type);
+  }
+  void load_gradient() { g = load(scratch_g_, tensor_.g, tensor_.weight_type); }
+  void load_moments() {
+    m = load(scratch_m_, tensor_.m, tensor_.moment_type);
+    v = load(scratch_v_, tensor_.v, tensor_.moment_type);
+    vmax = tensor_.vmax ? load(scratch_vmax_, tensor_.vmax, tensor_.moment_type) : nullptr;
+  }
+  // `always`: if there is none, zeros, with which w - a has the bits of w.
+  void load_anchor(bool always) {
+    a = hyper_.is.anchored ? load(scratch_a_, tensor_.a, tensor_.anchor_type) : nullptr;
+    if (a || !always) return;
+    for (int i = 0; i < n; ++i) scratch_a_[i] = 0;
+    a = scratch_a_;
+  }
+
+  // Lets memory begin with what the next tile reads, by halves: while the step's own loop keeps it
+  // busy with some streams, and while the loops that only convert would leave it idle.
+  void fetch_weights() const {
+    if (is_narrow(tensor_.weight_type)) {
+      fetch(tensor_.w, 2);
+      fetch(tensor_.g, 2);
+      if (tensor_.compensation) fetch(tensor_.compensation, 2);
+    }
+    if (tensor_.ema) fetch(tensor_.ema, sizeof(T));
+  }
+  void fetch_moments() const {
+    const auto size = static_cast<int>(size_of(tensor_.moment_type));
+    fetch(tensor_.m, size);
+    fetch(tensor_.v, size);
+  }
+
+  // `pulled`: once more in the same step.
+  void store_weight(bool pulled) {
+    if constexpr (sizeof(T) == sizeof(float))
+      if (is_narrow(tensor_.weight_type))
+        with_narrow(tensor_.weight_type, [&](auto type) {
+          using S = decltype(type);
+          S* to = at<S>(tensor_.w, begin_);
+          if (tensor_.compensation)
+            store_both(to, at<S>(tensor_.compensation, begin_), w, n);
+          else if (tensor_.master || hyper_.rounding == Rounding::nearest)
+            store_nearest(to, w, n);
+          else
+            store_randomly<false>(to, w, n, pulled ? keys_.pulled : keys_.weight, uint32_t(begin_));
+        });
+  }
+  void store_moments() {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (tensor_.moment_type != DType::bfloat16) return;
+      const auto first = uint32_t(begin_);
+      store_randomly<false>(at<BFloat16>(tensor_.m, begin_), m, n, keys_.moments, first);
+      store_randomly<true>(at<BFloat16>(tensor_.v, begin_), v, n, keys_.moments, first);
+      if (vmax)
+        store_randomly<true>(at<BFloat16>(tensor_.vmax, begin_), vmax, n, keys_.moments, first);
+    }
+  }
+
+  // With the weight as it has been stored.
+  void update_average(const Coefficients<T>& c) {
+    if (!tensor_.ema) return;
+    with_storage(tensor_.weight_type, [&](auto type) {
+      average_all(at<T>(tensor_.ema, begin_), at<decltype(type)>(tensor_.w, begin_), n, c);
+    });
+  }
+
+ private:
+  template <class Stream>
+  auto load(T* scratch, Stream* stream, DType type) -> decltype(at<T>(stream, 0)) {
+    if (type == (sizeof(T) == 8 ? DType::float64 : DType::float32)) return at<T>(stream, begin_);
+    with_storage(type, [&](auto storage) {
+      widen_all(scratch, at<decltype(storage)>(static_cast<const void*>(stream), begin_), n);
+    });
+    return scratch;
+  }
+
+  void load_compensated() {
+    if constexpr (sizeof(T) == sizeof(float))
+      with_narrow(tensor_.weight_type, [&](auto type) {
+        using S = decltype(type);
+        load_both(scratch_w_, at<S>(tensor_.w, begin_), at<S>(tensor_.compensation, begin_), n);
+      });
+    w = scratch_w_;
+  }
+
+  void fetch(const void* stream, int size) const {
+    const char* first = static_cast<const char*>(stream) + (begin_ + n) * size;
+    for (int i = 0; i < kTile * size; i += 64) __builtin_prefetch(first + i);
+  }
+
+  const Tensor& tensor_;
+  const Hyper& hyper_;
+  const Noise keys_;
+  int64_t begin_ = 0;
+  alignas(64) T scratch_w_[kTile], scratch_g_[kTile], scratch_m_[kTile], scratch_v_[kTile],
+      scratch_vmax_[kTile], scratch_a_[kTile];
+};
+
+// Calls body() with the tile at each part of a chunk in turn.
+template <class T, class Body>
+WDK_INLINE void for_each_tile(Tile<T>& tile, const Chunk& chunk, int size, const Body& body) {
+  for (int64_t done = 0; done < chunk.size; done += size) {
+    const int64_t left = chunk.size - done;
+    tile.move_to(chunk.begin + done, left < size ? left : size);
+    body();
+  }
+}
+
+}  // namespace
+
+}  // namespace wdk::WDK_ISA
