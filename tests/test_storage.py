@@ -18,8 +18,8 @@ from variants import (
     anchors_of,
     assert_same_bits,
     bits,
+    every_backend,
     every_method,
-    every_whole_backend,
     gradient,
     random,
     saved,
@@ -229,7 +229,7 @@ every_random = pytest.mark.parametrize(("dtype", "options"), RANDOM.values(), id
 
 
 @every_random
-@every_whole_backend
+@every_backend
 @every_method
 def test_a_seed_repeats_a_run_and_another_does_not(
     variant: Variant, backend: str, dtype: torch.dtype, options: dict[str, Any]
@@ -246,7 +246,7 @@ def test_a_seed_repeats_a_run_and_another_does_not(
 
 
 @every_random
-@every_whole_backend
+@every_backend
 def test_random_bits_know_neither_groups_nor_layouts_nor_neighbours(
     backend: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
@@ -275,7 +275,7 @@ def test_random_bits_know_neither_groups_nor_layouts_nor_neighbours(
 
 
 @every_random
-@every_whole_backend
+@every_backend
 def test_equal_parameters_are_rounded_apart(
     backend: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
@@ -300,7 +300,7 @@ def between(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @every_mode
 @every_narrow
-@every_whole_backend
+@every_backend
 @every_variant
 def test_a_step_is_that_of_float32_rounded_once(
     variant: Variant, backend: str, dtype: torch.dtype, mode: dict[str, Any]
@@ -348,7 +348,7 @@ def test_the_reference_rounds_by_its_own_noise(variant: Variant, dtype: torch.dt
 
 
 @every_narrow
-@every_whole_backend
+@every_backend
 @every_variant
 def test_master_weights_are_a_run_in_float32(
     variant: Variant, backend: str, dtype: torch.dtype
@@ -371,7 +371,7 @@ def test_master_weights_are_a_run_in_float32(
 
 
 @every_narrow
-@every_whole_backend
+@every_backend
 @every_method
 def test_compensation_keeps_what_weights_lose(
     variant: Variant, backend: str, dtype: torch.dtype
@@ -400,7 +400,7 @@ def test_compensation_keeps_what_weights_lose(
     [("stochastic", True), ("kahan", True), ("master", True), ("nearest", False)],
 )
 @every_narrow
-@every_whole_backend
+@every_backend
 def test_small_decay_is_not_lost(backend: str, dtype: torch.dtype, mode: str, kept: bool) -> None:
     """1500 steps that each take 1e-5 of the weights, of which bfloat16 sees 4e-3 at most.
 
@@ -422,7 +422,7 @@ def test_small_decay_is_not_lost(backend: str, dtype: torch.dtype, mode: str, ke
         assert share < 0.01
 
 
-@every_whole_backend
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
 def test_second_moments_in_bfloat16_arrive_where_they_belong(
     backend: str, dtype: torch.dtype
@@ -442,7 +442,7 @@ def test_second_moments_in_bfloat16_arrive_where_they_belong(
     assert abs(state["exp_avg"].double().mean().item() / 0.75 - 1) < 5e-3
 
 
-@every_whole_backend
+@every_backend
 @every_variant
 def test_moments_in_bfloat16_stay_near_those_in_float32(variant: Variant, backend: str) -> None:
     """A step in which a moment errs by a last bit, 2^-7, errs by as much of itself, at most lr."""
@@ -458,7 +458,7 @@ def test_moments_in_bfloat16_stay_near_those_in_float32(variant: Variant, backen
             assert not torch.equal(x, y)
 
 
-@every_whole_backend
+@every_backend
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_swd_takes_the_mean_of_v_before_it_is_rounded(backend: str, amsgrad: bool) -> None:
     """lr 0: only V is looked at, through the state or a measured step."""
@@ -482,7 +482,7 @@ def test_swd_takes_the_mean_of_v_before_it_is_rounded(backend: str, amsgrad: boo
 MIXED = [torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.complex64]
 
 
-@every_whole_backend
+@every_backend
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan", "nearest"])
 @pytest.mark.parametrize("method", [each for each in METHODS if each != "swd"])
 def test_types_of_one_group_do_not_see_each_other(method: str, rounding: str, backend: str) -> None:
@@ -506,7 +506,7 @@ def test_types_of_one_group_do_not_see_each_other(method: str, rounding: str, ba
         )
 
 
-@every_whole_backend
+@every_backend
 def test_swd_averages_over_all_types(backend: str) -> None:
     params = [torch.ones(2, dtype=dtype) for dtype in MIXED]
     optimizer = wd.AdamSWD(params, lr=0.1, backend=backend, telemetry_every=1)
@@ -520,7 +520,7 @@ def test_swd_averages_over_all_types(backend: str) -> None:
 
 
 @every_narrow
-@every_whole_backend
+@every_backend
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.anchored], ids=str)
 def test_anchors_of_16_bits(variant: Variant, backend: str, dtype: torch.dtype) -> None:
     """A float32 weight decays to them as to the same numbers in float32."""
@@ -542,7 +542,7 @@ WIDE_MOMENTS = {torch.float64: torch.float64, torch.complex64: torch.complex64}
 
 
 @every_mode
-@every_whole_backend
+@every_backend
 @every_method
 def test_types_of_states(variant: Variant, backend: str, mode: dict[str, Any]) -> None:
     dtypes = [*NARROW, torch.float32]
@@ -571,7 +571,7 @@ def test_types_of_states(variant: Variant, backend: str, mode: dict[str, Any]) -
 
 @every_narrow
 @every_mode
-@every_whole_backend
+@every_backend
 @every_method
 def test_resume_is_exact_in_every_mode(
     variant: Variant, backend: str, mode: dict[str, Any], dtype: torch.dtype
@@ -601,7 +601,7 @@ TORCH = {"l2": torch.optim.Adam, "decoupled": torch.optim.AdamW}
 
 @every_narrow
 @every_mode
-@every_whole_backend
+@every_backend
 @pytest.mark.parametrize("method", TORCH)
 def test_a_run_of_torch_goes_on(
     method: str, backend: str, mode: dict[str, Any], dtype: torch.dtype
@@ -629,7 +629,7 @@ def test_a_run_of_torch_goes_on(
 
 
 @every_mode
-@every_whole_backend
+@every_backend
 def test_what_torch_did_not_keep_up_is_made_anew(backend: str, mode: dict[str, Any]) -> None:
     """It carries master weights, compensation and averages along, but steps the weights alone."""
     params = weights(torch.bfloat16)
@@ -652,7 +652,7 @@ def test_what_torch_did_not_keep_up_is_made_anew(backend: str, mode: dict[str, A
     train(again, params, range(5, 7))
 
 
-@every_whole_backend
+@every_backend
 def test_a_checkpoint_without_storage_options_is_taken_by_16_bits(backend: str) -> None:
     """Of an earlier version: moments in the weights' type, and nothing about rounding."""
     params = weights(torch.bfloat16)
@@ -752,7 +752,7 @@ SWITCHES: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@every_whole_backend
+@every_backend
 @pytest.mark.parametrize(("mode", "change", "match"), SWITCHES)
 def test_storage_cannot_be_switched_in_a_run(
     mode: str, change: dict[str, Any], match: str, backend: str
@@ -771,7 +771,7 @@ def test_storage_cannot_be_switched_in_a_run(
     train(optimizer, params, range(2, 3))
 
 
-@every_whole_backend
+@every_backend
 def test_stochastic_and_nearest_may_be_switched(backend: str) -> None:
     """Neither keeps anything; and averages may begin and end."""
     params = weights(torch.bfloat16)

@@ -20,8 +20,8 @@ from variants import (
     anchors_of,
     assert_same_bits,
     bits,
+    every_backend,
     every_method,
-    every_whole_backend,
     gradient,
     random,
     saved,
@@ -79,7 +79,7 @@ def norm(gradients: list[Tensor]) -> float:
     ],
     ids=str,
 )
-@every_whole_backend
+@every_backend
 @every_method
 def test_grad_scaler(variant: Variant, backend: str, dtype: torch.dtype, unscaled: bool) -> None:
     """Its scales are powers of two: not a bit differs from a run with gradients that were never
@@ -112,7 +112,7 @@ def test_grad_scaler(variant: Variant, backend: str, dtype: torch.dtype, unscale
     assert_same_bits(snapshot(optimizer, params), snapshot(expected, plain))
 
 
-@every_whole_backend
+@every_backend
 def test_grad_scaler_as_with_torch(backend: str) -> None:
     """Beside the loop that everybody writes: loss scaled, gradients clipped, the best of both."""
     runs = []
@@ -139,7 +139,7 @@ def test_grad_scaler_as_with_torch(backend: str) -> None:
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)  # float32, a few steps
 
 
-@every_whole_backend
+@every_backend
 def test_grad_scaler_without_gradients(backend: str) -> None:
     """It says that it found the number 0."""
     w = torch.ones(2)
@@ -155,7 +155,7 @@ def test_grad_scaler_without_gradients(backend: str) -> None:
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 10.0, 1e6, torch.tensor(2.0)], ids=str)
-@every_whole_backend
+@every_backend
 @every_variant
 def test_clipping_is_that_of_torch(
     variant: Variant, backend: str, max_norm: float | Tensor
@@ -185,7 +185,7 @@ def test_clipping_is_that_of_torch(
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-@every_whole_backend
+@every_backend
 @every_method
 def test_clipping_by_a_norm_that_is_no_number(variant: Variant, backend: str, bad: float) -> None:
     runs = []
@@ -207,7 +207,7 @@ def test_clipping_by_a_norm_that_is_no_number(variant: Variant, backend: str, ba
 
 
 @every_dtype
-@every_whole_backend
+@every_backend
 def test_the_norm_is_of_unscaled_gradients_of_all_types(backend: str, dtype: torch.dtype) -> None:
     params = [*weights(dtype), random(4, seed=7, dtype=torch.complex64), torch.ones(3)]
     optimizer = wd.AdamW(params, backend=backend, max_grad_norm=1e-3)
@@ -249,7 +249,7 @@ EVERYTHING: dict[str, Any] = {
 
 
 @every_dtype
-@every_whole_backend
+@every_backend
 @every_variant
 def test_gradients_are_never_written(variant: Variant, backend: str, dtype: torch.dtype) -> None:
     params = weights(dtype)
@@ -269,7 +269,7 @@ def test_gradients_are_never_written(variant: Variant, backend: str, dtype: torc
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @every_dtype
-@every_whole_backend
+@every_backend
 @every_method
 def test_a_step_without_a_finite_norm_is_skipped(
     variant: Variant, backend: str, dtype: torch.dtype, bad: float
@@ -297,7 +297,7 @@ def test_a_step_without_a_finite_norm_is_skipped(
     assert counted.shape == ()
 
 
-@every_whole_backend
+@every_backend
 @every_method
 def test_without_skip_nonfinite_a_bad_step_counts(variant: Variant, backend: str) -> None:
     params = weights()
@@ -325,7 +325,7 @@ DECAYS: list[Any] = [
 
 @pytest.mark.parametrize("k", DECAYS, ids=str)
 @every_dtype
-@every_whole_backend
+@every_backend
 @every_method
 def test_average(variant: Variant, backend: str, dtype: torch.dtype, k: Any) -> None:
     """ema <- k ema + (1 - k) w, of the weights that the model sees; k at the parameter's own t."""
@@ -352,7 +352,7 @@ def test_average(variant: Variant, backend: str, dtype: torch.dtype, k: Any) -> 
             assert torch.equal(found, p.to(computed))
 
 
-@every_whole_backend
+@every_backend
 def test_average_is_that_of_foreach_lerp(backend: str) -> None:
     """As torch.optim.swa_utils.get_ema_multi_avg_fn has it."""
     params = weights(torch.float32)
@@ -378,7 +378,7 @@ every_mode = pytest.mark.parametrize(("dtype", "mode"), MODES, ids=str)
 
 
 @every_mode
-@every_whole_backend
+@every_backend
 def test_averages_in_and_out(backend: str, dtype: torch.dtype, mode: dict[str, Any]) -> None:
     params = weights(dtype)
     optimizer = wd.AdamW(params, lr=0.1, backend=backend, ema_decay=0.5, **mode)
@@ -411,7 +411,7 @@ INSIDE: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("what", INSIDE)
 @every_mode
-@every_whole_backend
+@every_backend
 def test_exchanged_weights_are_left_alone(
     backend: str, dtype: torch.dtype, mode: dict[str, Any], what: str
 ) -> None:
@@ -429,7 +429,7 @@ def test_exchanged_weights_are_left_alone(
 
 
 @every_mode
-@every_whole_backend
+@every_backend
 def test_weights_come_back_after_an_exception(
     backend: str, dtype: torch.dtype, mode: dict[str, Any]
 ) -> None:
@@ -575,7 +575,7 @@ MEASURED: list[tuple[torch.dtype, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("scale", [None, 8.0], ids=["", "scaled"])
 @pytest.mark.parametrize(("dtype", "mode"), MEASURED, ids=str)
-@every_whole_backend
+@every_backend
 @every_variant
 def test_telemetry(
     variant: Variant, backend: str, dtype: torch.dtype, mode: dict[str, Any], scale: float | None
@@ -611,7 +611,7 @@ def test_telemetry(
 
 
 @every_dtype
-@every_whole_backend
+@every_backend
 @every_variant
 def test_a_measured_step_has_the_bits_of_any_other(
     variant: Variant, backend: str, dtype: torch.dtype
@@ -637,7 +637,7 @@ class Writer:
         self.written[tag, global_step] = value
 
 
-@every_whole_backend
+@every_backend
 def test_names_rows_and_writers(backend: str) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     optimizer = wd.AdamSWD(model.named_parameters(), backend=backend, telemetry_every=2)
@@ -679,7 +679,7 @@ def test_names_rows_and_writers(backend: str) -> None:
         }
 
 
-@every_whole_backend
+@every_backend
 def test_groups_of_a_measured_step(backend: str) -> None:
     """Each has its own numbers; eta of the total is the mean over the elements."""
     p, q = torch.ones(2), torch.full((6,), 2.0)
@@ -700,7 +700,7 @@ def test_groups_of_a_measured_step(backend: str) -> None:
     assert found["total"]["weight_norm"] == pytest.approx(math.sqrt(total), rel=1e-6)
 
 
-@every_whole_backend
+@every_backend
 def test_a_skipped_step_has_nothing_to_tell(backend: str) -> None:
     w = torch.ones(2)
     optimizer = wd.AdamW([w], backend=backend, telemetry_every=1, skip_nonfinite=True)
@@ -713,7 +713,7 @@ def test_a_skipped_step_has_nothing_to_tell(backend: str) -> None:
 # ---- all of it together --------------------------------------------------------------------------
 
 
-@every_whole_backend
+@every_backend
 @every_variant
 def test_all_together_is_what_each_does_alone(variant: Variant, backend: str) -> None:
     """Unscaled, clipped, skipped and averaged by hand, in float64."""
@@ -748,7 +748,7 @@ def test_all_together_is_what_each_does_alone(variant: Variant, backend: str) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@every_whole_backend
+@every_backend
 @every_variant
 def test_all_together_in_16_bits(variant: Variant, backend: str, dtype: torch.dtype) -> None:
     """With master weights, and resumed: the bits of float32 with the same gradients."""
@@ -774,7 +774,7 @@ def test_all_together_in_16_bits(variant: Variant, backend: str, dtype: torch.dt
         assert torch.equal(p, q.to(dtype))
 
 
-@every_whole_backend
+@every_backend
 @pytest.mark.parametrize("method", METHODS)
 def test_everything_may_be_switched_on_in_a_run(method: str, backend: str) -> None:
     """And where it asks for nothing it changes nothing."""

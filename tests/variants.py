@@ -16,8 +16,6 @@ from wdkernels import native, schedules
 
 needs_native = pytest.mark.skipif(bool(native._missing), reason=native._missing or "-")
 BACKENDS = ["eager", pytest.param("native", marks=needs_native)]
-# Those that take every storage type, and all that a step may be asked for.
-WHOLE = ["eager"]
 
 # The wider type that a run is measured against.
 WIDE = {
@@ -91,7 +89,6 @@ VARIANTS = [Variant(method, *options) for method in METHODS for options in _COMM
 VARIANTS += [Variant(method, *options) for method in ("decoupled", "swd") for options in _DECOUPLED]
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-every_whole_backend = pytest.mark.parametrize("backend", WHOLE)
 every_method = pytest.mark.parametrize("variant", PLAIN, ids=str)
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 

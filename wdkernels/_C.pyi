@@ -26,6 +26,11 @@ class ScheduleKind:
 class Schedule:
     def __init__(self, *, kind: ScheduleKind, start: float, end: float, steps: float) -> None: ...
 
+class Rounding:
+    nearest: Rounding
+    stochastic: Rounding
+    kahan: Rounding
+
 class Hyper:
     def __init__(
         self,
@@ -43,11 +48,29 @@ class Hyper:
         eps: float,
         weight_decay: float,
         decay_scale: DecayScale,
-        first: Schedule,
-        second: Schedule,
-        capturable: bool,
+        schedule: list[Schedule],
+        rounding: Rounding,
+        master: bool,
+        seed: int,
+        averaged: bool,
+        ema_decay: float,
+        ema_schedule: list[Schedule],
+        counted: bool,
         live_lr: Tensor | None,
         live_weight_decay: Tensor | None,
+    ) -> None: ...
+
+class Request:
+    def __init__(
+        self,
+        *,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        max_norm: float,
+        skip_nonfinite: bool,
+        grad_norm: Tensor | None,
+        skipped: Tensor | None,
+        telemetry: Tensor | None,
     ) -> None: ...
 
 class Plan:
@@ -60,14 +83,20 @@ class Plan:
         memory: DeviceMemory | None,
     ) -> None: ...
     def add_parameter(
-        self, *, parameter: Tensor, weight: Tensor, state: dict[str, Any] | None, group: int
+        self,
+        *,
+        parameter: Tensor,
+        weight: Tensor,
+        state: dict[str, Any] | None,
+        group: int,
+        index: int,
     ) -> None: ...
     def set_hyper(self, group: int, hyper: Hyper) -> None: ...
     def gather(
         self, state: dict[Tensor, Any], groups: list[dict[str, Any]]
     ) -> list[int] | None: ...
     def set_gradient(self, position: int, gradient: Tensor) -> None: ...
-    def step(self, *, stream: int, capturing: bool) -> list[Tensor]: ...
+    def step(self, *, request: Request, stream: int, capturing: bool) -> list[Tensor]: ...
 
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...

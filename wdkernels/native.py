@@ -105,9 +105,7 @@ class Plan:
         for position, gradient in gradients:
             self._core.set_gradient(position, gradient)
         self._weights.load()
-        updated = self._core.step(
-            request=_request(request), stream=stream, capturing=capturing
-        )
+        updated = self._core.step(request=_request(request), stream=stream, capturing=capturing)
         # Autograd must know, as of any in-place operation, that saved weights are out of date.
         torch.autograd.graph.increment_version(updated)
         self._weights.store()
@@ -117,7 +115,9 @@ class Plan:
 def _hyper(h: Hyper) -> Any:
     decay = {"swd": "decoupled", "spd": "projection"}.get(h.method, h.method)
     live = h.live or {}
-    scheduled = isinstance(h.ema_decay, dict)
+    ema_decay, ema_schedule = (
+        (1.0, h.ema_decay) if isinstance(h.ema_decay, dict) else (h.ema_decay, None)
+    )
     return _C.Hyper(
         decay=getattr(_C.Decay, decay),
         stable=h.method == "swd",
@@ -137,8 +137,8 @@ def _hyper(h: Hyper) -> Any:
         master=h.master_weights,
         seed=h.seed,
         averaged=h.ema_decay is not None,
-        ema_decay=1.0 if scheduled or h.ema_decay is None else h.ema_decay,
-        ema_schedule=_schedules(h.ema_decay if scheduled else None),
+        ema_decay=1.0 if ema_decay is None else ema_decay,
+        ema_schedule=_schedules(ema_schedule),
         counted=h.live is not None,
         live_lr=live.get("lr"),
         live_weight_decay=live.get("weight_decay"),

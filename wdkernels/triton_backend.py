@@ -480,7 +480,9 @@ def _hyper_words(h: Hyper) -> list[float]:
     """A row of the coefficients kernel's hyper-parameters; live ones are 0 until they are read."""
     live = h.live or {}
     kinds = ("constant", "window", "linear", "cosine")
-    first, second = ((float(kinds.index(s.kind)), s.start, s.end, s.steps) for s in factors(h.decay_schedule))
+    first, second = (
+        (float(kinds.index(s.kind)), s.start, s.end, s.steps) for s in factors(h.decay_schedule)
+    )
     return [
         0.0 if "lr" in live else h.lr,
         h.lr_max,
