@@ -61,8 +61,8 @@ def test_versions_of_the_package_and_its_metadata_agree():
 def test_a_disagreement_is_named_and_ends_with_status_1(monkeypatch, capsys, error):
     right = reference.step
 
-    def wrong(groups):
-        right(groups)
+    def wrong(groups, request):
+        right(groups, request)
         for group in groups:
             for p in group.params:
                 p.data.add_(error)  # of the eager formulas; of both it would cancel out
