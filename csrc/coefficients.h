@@ -153,6 +153,11 @@ WDK_INLINE double kept_sum(double kept, double squares, double one_minus_beta2) 
   return std::isnan(mean) ? kept + squares : mean;
 }
 
+// SWD: the sum of g^2 as the step sees the gradients. Of no elements it is 0, were the scale NaN.
+WDK_INLINE double scaled_squares(int64_t numel, double squares, const Whole& whole) {
+  return numel ? whole.scale * whole.scale * squares : 0;
+}
+
 // SWD: d / sqrt(V); nothing has been learnt of the gradient's scale while V = 0.
 WDK_INLINE double stable_decay(double decay, double mean_square) {
   return mean_square == 0 ? 0 : decay / std::sqrt(mean_square);

@@ -174,8 +174,9 @@ Whole CpuStep::reduce(CpuWork work, const std::vector<Row>& rows, const Request&
     if (row.hyper.is.amsgrad)
       sum = sum_over(i);
     else
-      sum = *tensor.v_sum = kept_sum(*tensor.v_sum, whole.scale * whole.scale * squares_[i],
-                                     row.numbers.coefficients.one_minus_beta2);
+      sum = *tensor.v_sum =
+          kept_sum(*tensor.v_sum, scaled_squares(tensor.numel, squares_[i], whole),
+                   row.numbers.coefficients.one_minus_beta2);
     total += sum / row.numbers.bias_correction2;
     elements += tensor.numel;
   }

@@ -112,7 +112,8 @@ WDK_INLINE uint16_t narrow(float x, uint32_t random, Float16) {
   const uint32_t kept = own > 113u ? own : 113u;  // below are float16's subnormals
   const uint32_t distance = 13u + (kept - own);
   const uint32_t dropped = distance < 31u ? distance : 31u;  // bits
-  const uint32_t mantissa = (magnitude & 0x7fffffu) | implicit << 23;
+  const uint32_t beyond = distance - dropped < 31u ? distance - dropped : 31u;
+  const uint32_t mantissa = ((magnitude & 0x7fffffu) | implicit << 23) >> beyond;
   const uint32_t half = 1u << (dropped - 1u);
   const uint32_t up =
       nearest ? half - 1u + ((mantissa >> dropped) & 1u) : random & ((half << 1) - 1u);

@@ -192,6 +192,8 @@ def from_group(method: str, group: Mapping[str, Any], counted: bool = False) -> 
 
 def max_norm(value: Any) -> float:
     """A bound of the gradients' norm; none is infinite. ValueError if it is no bound."""
+    if isinstance(value, float) and value == math.inf:
+        return value
     return math.inf if value is None else _number(value, "max_grad_norm")
 
 

@@ -53,7 +53,9 @@ def _float16(bits: Tensor, random: Tensor | None) -> Tensor:
     own = (magnitude >> 23).clamp(min=1)  # float32's subnormals share theirs, too
     kept = own.clamp(min=113)
     mantissa = (magnitude & 0x7FFFFF) | torch.where(magnitude >> 23 > 0, 1 << 23, 0)
-    dropped = (13 + kept - own).clamp(max=31)
+    distance = 13 + kept - own
+    dropped = distance.clamp(max=31)
+    mantissa = mantissa >> (distance - dropped).clamp(max=31)  # whose chance is nil
     half = torch.ones_like(bits) << (dropped - 1)
     up = half - 1 + (mantissa >> dropped & 1) if random is None else random & (2 * half - 1)
     found = (mantissa + up >> dropped) + (kept - 113 << 10)
