@@ -31,7 +31,7 @@ from variants import (
 
 import wdkernels as wd
 from wdkernels import triton_backend
-from wdkernels.plan import Parameter
+from wdkernels.plan import Parameter, Request
 
 pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed"),
@@ -192,13 +192,13 @@ def test_launches_do_not_grow_with_tensors_and_groups(
     method: str, launches: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
-    launch = triton_backend._TensorList._launch
+    launch = triton_backend._launch
 
-    def counting(self: Any, kernel: Any, *arguments: Any, **constants: Any) -> None:
+    def counting(device: Any, kernel: Any, *arguments: Any, **constants: Any) -> None:
         launched.append(kernel)
-        launch(self, kernel, *arguments, **constants)
+        launch(device, kernel, *arguments, **constants)
 
-    monkeypatch.setattr(triton_backend._TensorList, "_launch", counting)
+    monkeypatch.setattr(triton_backend, "_launch", counting)
     params = [random(3, seed=i, dtype=torch.float32).to(DEVICE) for i in range(20)]
     size = len(params) // groups
     parts = [{"params": params[k : k + size], "eps": 0.1 + k} for k in range(0, 20, size)]
@@ -382,6 +382,7 @@ class Capturable:
         self.weight_decay = torch.tensor(hypers[0].weight_decay, dtype=torch.float64, device=device)
         live = {"lr": self.lr, "weight_decay": self.weight_decay}
         self._arguments = self.state, groups
+        self.request = Request()
         self._plan = triton_backend.Plan(
             [Parameter(p, self.state[p], 0, "") for p in params],
             [dataclasses.replace(hypers[0], live=live, lr=float("nan"), weight_decay=float("nan"))],
@@ -390,7 +391,7 @@ class Capturable:
 
     @torch.no_grad()
     def step(self) -> None:
-        assert self._plan.step(*self._arguments)
+        assert self._plan.step(*self._arguments, self.request)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
