@@ -22,8 +22,9 @@ The types of the streams are constants of a launch: `weights` (and gradients), `
 `storage` says how weights of 16 bits are kept: "nearest", "stochastic", "kahan" (COPY is the
 compensation) or "master" (COPY is a float32 weight). Rounding is that of csrc/dtype.h, to the bit.
 
-A chunk that is whole and whose streams are all aligned is read and written 16 bytes at a time (a
-stream of 16 bits beside wider ones 8), any other one element by element under a mask. Nothing is
+A chunk that is whole and whose streams are all aligned is read and written 16 bytes at a time, any
+other one element by element under a mask. Beside streams of 32 bits those of 16 take 8 bytes: so a
+thread has the same elements of all of them, and none is exchanged through shared memory. Nothing is
 tuned at run time: a step cannot be repeated.
 
 Same bits as on the CPU: launch with `enable_fp_fusion=False`, so that nothing is contracted.
@@ -424,13 +425,20 @@ def elements(begin, SIZE: tl.constexpr):
     return begin.to(tl.uint32) + tl.arange(0, SIZE).to(tl.uint32)
 
 
+@triton.constexpr_function
+def at_once(*dtypes):
+    """Elements that a whole chunk's accesses take: 16 bytes of the widest stream."""
+    return 128 // max(dtype.primitive_bitwidth for dtype in dtypes if dtype is not None)
+
+
 @triton.jit
 def stream(address, begin, dtype: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr):
-    """Pointers to SIZE elements; to a whole chunk, which is aligned, 16 bytes at a time."""
+    """Pointers to SIZE elements; to a whole chunk, which is aligned, WHOLE elements at a time."""
     STORED: tl.constexpr = tl.uint16 if dtype == tl.bfloat16 or dtype == tl.float16 else dtype
     first = address.to(tl.pointer_type(STORED)) + begin
     if WHOLE:
-        first = tl.multiple_of(first, 16)
+        BYTES: tl.constexpr = WHOLE * dtype.primitive_bitwidth // 8
+        first = tl.multiple_of(first, BYTES)
     return first + tl.arange(0, SIZE)
 
 
@@ -618,6 +626,9 @@ def update_kernel(
     AMSGRAD, CAUTIOUSLY and AVERAGED say what some tensor of the launch has, its words what each
     has.
     """
+    T: tl.constexpr = numbers.dtype.element_ty
+    copies: tl.constexpr = T if storage == "master" or AVERAGED else None
+    AT_ONCE: tl.constexpr = at_once(weights, moments, anchors, copies)
     p = piece_of(tensors, gradients, rows, chunks, whole, CHUNK)
     c = coefficients_of(numbers, p.row, whole)
     random = noise_in(p, exact)
@@ -639,7 +650,7 @@ def update_kernel(
             AVERAGED,
             MEASURE,
             CHUNK,
-            True,
+            AT_ONCE,
         )
     else:
         for k in range(0, tl.minimum(p.size, CHUNK).to(tl.int32), TAIL):
@@ -659,7 +670,7 @@ def update_kernel(
                 AVERAGED,
                 MEASURE,
                 TAIL,
-                False,
+                0,
             )
     if decay == "projection" or MEASURE:
         column = tl.arange(0, SUMS)
@@ -712,15 +723,16 @@ def reduce_kernel(
 ):
     """A span's part of the sums (partials, [spans]); only AMSGRAD asks for the numbers."""
     T: tl.constexpr = tl.float64 if weights == tl.float64 else tl.float32
+    AT_ONCE: tl.constexpr = at_once(weights, moments if AMSGRAD else None)
     p = piece_of(tensors, gradients, rows, spans, whole, SPAN)
     c = coefficients_of(numbers, p.row, whole) if AMSGRAD else None
     sums = tl.zeros([CHUNK], tl.float64)
     if (p.size >= SPAN) & p.aligned:
         for offset in range(0, SPAN, CHUNK):
-            sums += square_terms(p, offset, c, weights, moments, T, AMSGRAD, True)
+            sums += square_terms(p, offset, c, weights, moments, T, AMSGRAD, AT_ONCE)
     else:
         for offset in range(0, tl.minimum(p.size, SPAN).to(tl.int32), CHUNK):
-            sums += square_terms(p, offset, c, weights, moments, T, AMSGRAD, False)
+            sums += square_terms(p, offset, c, weights, moments, T, AMSGRAD, 0)
     tl.store(partials + tl.program_id(0).to(tl.int64), tl.sum(sums))
 
 
@@ -871,14 +883,16 @@ def pull_kernel(
     c = coefficients_of(numbers, p.row, whole)
     random = noise_in(p, exact)
     tensor_shrink = tl.load(shrink + p.tensor)
+    copies: tl.constexpr = shrink.dtype.element_ty if storage == "master" or AVERAGED else None
+    AT_ONCE: tl.constexpr = at_once(weights, anchors, copies)
     touched = tensor_shrink != 0
     if AVERAGED:
         touched = touched | (p.ema != 0)
     if touched:
         if (p.size >= CHUNK) & p.aligned:
-            pull_chunk(p, c, random, tensor_shrink, weights, anchors, storage, AVERAGED, True)
+            pull_chunk(p, c, random, tensor_shrink, weights, anchors, storage, AVERAGED, AT_ONCE)
         else:
-            pull_chunk(p, c, random, tensor_shrink, weights, anchors, storage, AVERAGED, False)
+            pull_chunk(p, c, random, tensor_shrink, weights, anchors, storage, AVERAGED, 0)
 
 
 # ---- telemetry ---------------------------------------------------------------------------------
