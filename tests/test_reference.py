@@ -518,7 +518,7 @@ def test_half_precision_is_rounded_only_on_store(
     method: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     half, single = random(3, 4, seed=1).to(dtype), random(3, 4, seed=1).to(dtype).float()
-    optimizer = Eager(method, [half], **options)
+    optimizer = Eager(method, [half], rounding="nearest", **options)
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         if key in optimizer.state[half]:
             optimizer.state[half][key] = optimizer.state[half][key].float()

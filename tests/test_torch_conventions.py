@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import pickle
 import sys
 import weakref
@@ -28,6 +27,7 @@ from variants import (
     every_method,
     every_variant,
     random,
+    saved,
     snapshot,
     train,
 )
@@ -49,15 +49,6 @@ def weights(dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 def copies(params: list[Tensor]) -> list[Tensor]:
     return [p.detach().clone().requires_grad_() for p in params]
-
-
-def saved(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Through a file, as a checkpoint is read: tensors and plain data only."""
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
 
 
 def assert_close(actual: Any, expected: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from wdkernels import native, schedules
 
 needs_native = pytest.mark.skipif(bool(native._missing), reason=native._missing or "-")
 BACKENDS = ["eager", pytest.param("native", marks=needs_native)]
+# Those that take every storage type, and all that a step may be asked for.
+WHOLE = ["eager"]
 
 # The wider type that a run is measured against.
 WIDE = {
@@ -88,11 +91,21 @@ VARIANTS = [Variant(method, *options) for method in METHODS for options in _COMM
 VARIANTS += [Variant(method, *options) for method in ("decoupled", "swd") for options in _DECOUPLED]
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_whole_backend = pytest.mark.parametrize("backend", WHOLE)
 every_method = pytest.mark.parametrize("variant", PLAIN, ids=str)
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
 
 # ---- numbers -------------------------------------------------------------------------------------
+
+
+def saved(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Through a file, as a checkpoint is read: tensors and plain data only."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

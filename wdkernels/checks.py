@@ -216,7 +216,8 @@ def _check_alike(
         has = getattr(x, attribute)
         if has != needs:
             whose = "the parameter has" if needs == getattr(p, attribute) else "it must be"
-            has, needs = (tuple(v) if attribute == "shape" else v for v in (has, needs))
+            if attribute == "shape":
+                has, needs = tuple(x.shape), tuple(p.shape)
             raise error(f"{what} has {attribute} {has} but {whose} {needs}: convert it first")
 
 
@@ -231,8 +232,8 @@ def check_kept(p: Tensor, state: Mapping[str, Any], hyper: Hyper, name: str) -> 
     for key, (needed, option) in options.items():
         if needed and key not in state:
             raise ValueError(
-                f"the state of {name} has no {key}, which {option} needs from the first step on: it "
-                "cannot be switched on later. Set the option back, or start with a new state"
+                f"the state of {name} has no {key}, which {option} needs from the first step on: "
+                "it cannot be switched on later. Set the option back, or start with a new state"
             )
         if key in state and not needed:
             raise ValueError(

@@ -51,7 +51,6 @@ A step checks everything before it writes anything: on an exception nothing has 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
@@ -120,6 +119,7 @@ _NO_STATE_DICT = (
 )
 _NOTHING = Request()
 _TORCH_CHOICES = ("foreach", "fused", "differentiable", "decoupled_weight_decay")
+_OURS = (*storage.COPIES, "exp_avg_sq_sum")  # entries that each step brings up to date
 
 
 class _Adam(torch.optim.Optimizer):
@@ -137,6 +137,14 @@ class _Adam(torch.optim.Optimizer):
     _hypers: dict[int, Hyper]  # by group, in order
     _seen: dict[int, Any]  # the values they were made from
     _checked_memory: list[Any]
+    _calls: int
+    _scaled: bool  # a GradScaler has been seen
+    _checked: tuple[Any, ...] | None  # the whole optimizer's options, when they were looked at
+    _skipped: Tensor | None
+    _grad_norm: Tensor | None
+    # How many-th call it was, its table, and the parameters' names, tensors and methods.
+    _measured: tuple[int, Tensor, list[tuple[str, Tensor, str]]] | None
+    _swapped: bool  # weights and averages
     _values: Callable[[dict[str, Any]], tuple[Any, ...]]
 
     def __init__(
@@ -343,13 +351,14 @@ class _Adam(torch.optim.Optimizer):
         options = self.max_grad_norm, self.skip_nonfinite, self.telemetry_every
         if options != self._checked:
             self._check_whole()
-        found_inf = getattr(self, "found_inf", None)  # GradScaler sets both for this step
+        # GradScaler sets both for this step, found_inf to the number 0 if there are no gradients.
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and not self._scaled:
             self._scaled = True
             self._forget()
-        if options == (None, False, None) and found_inf is None:
+        if options == (None, False, None) and grad_scale is None and found_inf is None:
             return _NOTHING
-        device = next(p.device for group in self.param_groups for p in group["params"])
+        device = next((p.device for *_, p in self._places()), torch.device("cpu"))
         norm = options[:2] != (None, False)
         if (self.skip_nonfinite or found_inf is not None) and self._skipped is None:
             self._skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -358,9 +367,9 @@ class _Adam(torch.optim.Optimizer):
             size = len(self._active_parameters()), len(COLUMNS)
             table = torch.zeros(size, dtype=torch.float64, device=device)
         return Request(
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=found_inf,
-            max_grad_norm=math.inf if self.max_grad_norm is None else self.max_grad_norm,
+            grad_scale=_number_on(device, grad_scale),
+            found_inf=_number_on(device, found_inf),
+            max_grad_norm=max_norm(self.max_grad_norm),
             skip_nonfinite=self.skip_nonfinite,
             grad_norm=torch.empty((), dtype=torch.float64, device=device) if norm else None,
             skipped=self._skipped,
@@ -493,9 +502,11 @@ class _Adam(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many calls of `step` were skipped since construction: 0-d, int64, on the parameters'
-        device; because of `skip_nonfinite`, or because a GradScaler found an overflow."""
-        return torch.zeros((), dtype=torch.int64) if self._skipped is None else self._skipped
+        """How many calls of `step` were skipped since construction, or since a state dict was
+        loaded: 0-d, int64, on the parameters' device; because of `skip_nonfinite`, or because a
+        GradScaler found an overflow."""
+        none = torch.zeros((), dtype=torch.int64)
+        return none if self._skipped is None else self._skipped.clone()
 
     def telemetry(self) -> Telemetry:
         """The quantities of the last measured step; RuntimeError if there was none."""
@@ -585,11 +596,12 @@ class _Adam(torch.optim.Optimizer):
             for key, value in before.items():
                 group.setdefault(key, value)
             hyper = self._hyper(group, index)
-            # torch.optim would have carried a sum of v along, but not kept it up.
-            sums = hyper.method == "swd" and not any(key in saved for key in _TORCH_CHOICES)
             for p, key in zip(group["params"], saved["params"], strict=True):
-                state = loaded["state"].get(key, {})
-                self._load_state(p, hyper, state, before_state.get(p, {}), sums)
+                state = dict(loaded["state"].get(key, {}))
+                # torch.optim would have carried these along, but not kept them up.
+                for entry in _OURS if _by_torch(saved) else ():
+                    state.pop(entry, None)
+                self._load_state(p, hyper, state, before_state.get(p, {}))
 
     def _foreign(self, group: dict[str, Any]) -> list[str]:
         """Options of another class; torch's would bind one that loads this one's state later."""
@@ -601,21 +613,21 @@ class _Adam(torch.optim.Optimizer):
         hyper: Hyper,
         saved: dict[str, Any],
         before: dict[str, Any],
-        sums: bool,
     ) -> None:
         """Copy a saved state; torch would cast and keep the caller's tensors."""
         kept = {"anchor": before["anchor"]} if "anchor" in before and hyper.anchored else {}
         if not saved and not kept:
             return
         state = self.state[p] = {**self.state[p], **kept}
+        for entry in _OURS:
+            state.pop(entry, None)
         if "step" in saved:
             state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).cpu().clone()
         for key in storage.ALIKE:
             if key in saved:
                 dtype = _fitting(saved[key], storage.dtypes_of(key, p, hyper))
                 state[key] = saved[key].to(p.device, dtype, copy=True)
-        state.pop("exp_avg_sq_sum", None)
-        if sums and "exp_avg_sq_sum" in saved:
+        if hyper.method == "swd" and "exp_avg_sq_sum" in saved:
             state["exp_avg_sq_sum"] = saved["exp_avg_sq_sum"].to(p.device, torch.float64, copy=True)
         self._complete_state(p, hyper)
 
@@ -656,7 +668,7 @@ class _Adam(torch.optim.Optimizer):
                 if isinstance(state, dict) and "anchor" in self.state.get(p, {}):
                     state = {"anchor": self.state[p]["anchor"], **state}
                 checks.check_saved_state(p, state, hyper, name)
-                if "rounding" in saved:
+                if "rounding" in saved and not _by_torch(saved):
                     checks.check_kept(p, state, hyper, name)
         known = {key for saved in groups for key in saved["params"]}
         if strays := [repr(key) for key in states if key not in known]:
@@ -668,7 +680,7 @@ class _Adam(torch.optim.Optimizer):
     def _check_kind_of_decay(self, saved: dict[str, Any], index: int) -> None:
         """The same number is much for one kind and little for another. SPD takes any."""
         decoupled: bool | None = None
-        if any(key in saved for key in _TORCH_CHOICES):  # torch carries our options along
+        if _by_torch(saved):
             decoupled = saved.get("decoupled_weight_decay")  # older torch does not say
         elif "decay_scale" in saved or "unmixed" in saved:
             decoupled = "decay_scale" in saved
@@ -695,11 +707,11 @@ class _Adam(torch.optim.Optimizer):
     def _start(self) -> None:
         """Nothing has been done yet."""
         self._calls = 0
-        self._scaled = False  # a GradScaler has been seen
-        self._checked: Any = None
-        self._skipped: Tensor | None = None
-        self._grad_norm: Tensor | None = None
-        self._measured: Any = None  # how many-th call, its table, its parameters
+        self._scaled = False
+        self._checked = None
+        self._skipped = None
+        self._grad_norm = None
+        self._measured = None
         self._swapped = False
         self._forget()
 
@@ -710,6 +722,15 @@ class _Adam(torch.optim.Optimizer):
         self._seen = {}
         self._checked_memory = []
         self._values = itemgetter(*_COMMON, *self._own)
+
+
+def _number_on(device: torch.device, x: Any) -> Tensor | None:
+    return None if x is None else torch.as_tensor(x, dtype=torch.float32, device=device)
+
+
+def _by_torch(group: dict[str, Any]) -> bool:
+    """Whether a saved group is of torch.optim, which may have carried our options along."""
+    return any(key in group for key in _TORCH_CHOICES)
 
 
 def _fitting(x: Tensor, dtypes: Sequence[torch.dtype]) -> torch.dtype:

@@ -20,7 +20,7 @@ class Parameter(NamedTuple):
     state: dict[str, Any] | None
     group: int
     name: str
-    index: int = 0  # position over all groups
+    index: int = 0  # type: ignore[assignment]  # position over all groups; hides a tuple's method
 
 
 class Request(NamedTuple):
