@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+
 #include "cpu.h"
 #include "cpu_step.h"
 #ifdef WDK_CUDA
@@ -20,6 +23,16 @@ static Number number(const py::object& tensor) {
     throw std::invalid_argument("not a tensor of one floating-point number");
   return {address(view), *dtype(view)};
 }
+
+// Where a tensor's numbers are; or nowhere, for None.
+static void* memory(const py::object& tensor) {
+  DLTensor view;
+  if (tensor.is_none()) return nullptr;
+  if (!read(tensor.ptr(), view)) throw std::invalid_argument("not a tensor with memory");
+  return address(view);
+}
+
+using Schedules = std::array<Schedule, 2>;
 
 // Lets Python's garbage collector see what a plan refers to.
 static void collectable(PyHeapTypeObject* heap_type) {
@@ -60,47 +73,81 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<Schedule::Kind, double, double, double>(), py::kw_only(), py::arg("kind"),
            py::arg("start"), py::arg("end"), py::arg("steps"));
 
+  py::enum_<Rounding>(m, "Rounding")
+      .value("nearest", Rounding::nearest)
+      .value("stochastic", Rounding::stochastic)
+      .value("kahan", Rounding::kahan);
+
   py::class_<Hyper>(m, "Hyper")
       .def(py::init([](Decay decay, bool stable, bool anchored, bool amsgrad, bool cautious,
                        bool maximize, double lr, double lr_max, double beta1, double beta2,
-                       double eps, double weight_decay, DecayScale decay_scale, Schedule first,
-                       Schedule second, bool capturable, py::object live_lr,
-                       py::object live_weight_decay) {
-             return Hyper{{decay, anchored, amsgrad, cautious},
-                          stable,
-                          maximize,
-                          lr,
-                          lr_max,
-                          beta1,
-                          beta2,
-                          eps,
-                          weight_decay,
-                          decay_scale,
-                          {first, second},
-                          capturable,
-                          number(live_lr),
-                          number(live_weight_decay)};
+                       double eps, double weight_decay, DecayScale decay_scale,
+                       const Schedules& schedule, Rounding rounding, bool master, uint32_t seed,
+                       bool averaged, double ema_decay, const Schedules& ema_schedule, bool counted,
+                       const py::object& live_lr, const py::object& live_weight_decay) {
+             Hyper h;
+             h.is = {decay, anchored, amsgrad, cautious};
+             h.stable = stable;
+             h.maximize = maximize;
+             h.lr = lr;
+             h.lr_max = lr_max;
+             h.beta1 = beta1;
+             h.beta2 = beta2;
+             h.eps = eps;
+             h.weight_decay = weight_decay;
+             h.decay_scale = decay_scale;
+             std::copy(schedule.begin(), schedule.end(), h.schedule);
+             h.rounding = rounding;
+             h.master = master;
+             h.seed = seed;
+             h.averaged = averaged;
+             h.ema_decay = ema_decay;
+             std::copy(ema_schedule.begin(), ema_schedule.end(), h.ema_schedule);
+             h.counted = counted;
+             h.live_lr = number(live_lr);
+             h.live_weight_decay = number(live_weight_decay);
+             return h;
            }),
            py::kw_only(), py::arg("decay"), py::arg("stable"), py::arg("anchored"),
            py::arg("amsgrad"), py::arg("cautious"), py::arg("maximize"), py::arg("lr"),
            py::arg("lr_max"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-           py::arg("weight_decay"), py::arg("decay_scale"), py::arg("first"), py::arg("second"),
-           py::arg("capturable"), py::arg("live_lr"), py::arg("live_weight_decay"));
+           py::arg("weight_decay"), py::arg("decay_scale"), py::arg("schedule"),
+           py::arg("rounding"), py::arg("master"), py::arg("seed"), py::arg("averaged"),
+           py::arg("ema_decay"), py::arg("ema_schedule"), py::arg("counted"), py::arg("live_lr"),
+           py::arg("live_weight_decay"));
+
+  py::class_<Request>(m, "Request")
+      .def(py::init([](const py::object& grad_scale, const py::object& found_inf, double max_norm,
+                       bool skip_nonfinite, const py::object& grad_norm, const py::object& skipped,
+                       const py::object& telemetry) {
+             Request r;
+             r.grad_scale = number(grad_scale);
+             r.found_inf = number(found_inf);
+             r.max_norm = max_norm;
+             r.skip_nonfinite = skip_nonfinite;
+             r.grad_norm = static_cast<double*>(memory(grad_norm));
+             r.skipped = static_cast<int64_t*>(memory(skipped));
+             r.telemetry = static_cast<double*>(memory(telemetry));
+             return r;
+           }),
+           py::kw_only(), py::arg("grad_scale"), py::arg("found_inf"), py::arg("max_norm"),
+           py::arg("skip_nonfinite"), py::arg("grad_norm"), py::arg("skipped"),
+           py::arg("telemetry"));
 
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collectable))
       .def(py::init<py::dict, py::list, int32_t, py::object>(), py::kw_only(), py::arg("state"),
            py::arg("groups"), py::arg("device"), py::arg("memory"))
       .def("add_parameter", &Plan::add_parameter, py::kw_only(), py::arg("parameter"),
-           py::arg("weight"), py::arg("state"), py::arg("group"))
+           py::arg("weight"), py::arg("state"), py::arg("group"), py::arg("index"))
       .def("set_hyper", &Plan::set_hyper, py::arg("group"), py::arg("hyper"))
       .def("gather", &Plan::gather, py::arg("state"), py::arg("groups"))
       .def("set_gradient", &Plan::set_gradient, py::arg("position"), py::arg("gradient"))
       .def(
           "step",
-          [](Plan& plan, uintptr_t stream, bool capturing) {
-            return plan.step({reinterpret_cast<void*>(stream), capturing});
+          [](Plan& plan, const Request& request, uintptr_t stream, bool capturing) {
+            return plan.step(request, {reinterpret_cast<void*>(stream), capturing});
           },
-          py::kw_only(), py::arg("stream"), py::arg("capturing"));
+          py::kw_only(), py::arg("request"), py::arg("stream"), py::arg("capturing"));
 
   m.def("instruction_sets", &instruction_sets, "What this build has and this processor runs.");
   m.def("instruction_set", &instruction_set, "The one in use.");

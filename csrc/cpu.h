@@ -33,16 +33,20 @@ struct CpuWork {
   const Batch* batches;
   int32_t* pending;  // per batch: items whose step is not done, and 1 for the selection
   const Row* rows;
+  const Whole* whole;
   int32_t n_items;
   bool parallel;                // worth waking the other threads
-  double* sums;                 // per chunk: what `reduce` found
+  double* sums;                 // per chunk: what `square` or `maximize` found
   ProjectionSums* projections;  // per chunk: what `update` found
+  MeasuredSums* measured;       // likewise; null if nobody asks
   double* shrink;               // per tensor: SPD's lambda r
 };
 
 struct CpuLoops {
-  // Sum over each chunk of g^2, or with amsgrad of the vmax this step will have.
-  void (*reduce)(const CpuWork&);
+  // Sum over each chunk of g^2, as the gradients are.
+  void (*square)(const CpuWork&);
+  // Sum over each chunk of the vmax that this step will have; of tensors with amsgrad.
+  void (*maximize)(const CpuWork&);
   // The step itself, and for SPD the second touch of the tensors it selected.
   void (*update)(const CpuWork&);
 };

@@ -96,13 +96,14 @@ void CpuStep::plan(const std::vector<Tensor>& tensors, bool projected) {
   parallel_ = all_elements > kParallel;
   pending_.resize(batches_.size());
   sums_.resize(chunks_.size());
+  squares_.resize(tensors.size());
   projections_.resize(chunks_.size());
   shrink_.resize(tensors.size());
 }
 
-void CpuStep::run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows, Stream) {
-  const pybind11::gil_scoped_release release;
-  rows_ = rows;
+// ---- the step ----------------------------------------------------------------------------------
+
+CpuWork CpuStep::work_on(const std::vector<Tensor>& tensors, const std::vector<Row>& rows) {
   for (size_t i = 0; i < batches_.size(); ++i) pending_[i] = batches_[i].n_items + 1;
   CpuWork work{};
   work.tensors = tensors.data();
@@ -111,37 +112,92 @@ void CpuStep::run(const std::vector<Tensor>& tensors, const std::vector<Row>& ro
   work.items = items_.data();
   work.batches = batches_.data();
   work.pending = batches_.empty() ? nullptr : pending_.data();
-  work.rows = rows_.data();
+  work.rows = rows.data();
   work.n_items = static_cast<int32_t>(items_.size());
   work.parallel = parallel_;
   work.sums = sums_.data();
   work.projections = projections_.data();
   work.shrink = shrink_.data();
-
-  const CpuLoops& loops = chosen().loops;
-  if (rows_.front().hyper.stable) {
-    loops.reduce(work);
-    apply_mean_square(tensors);
-  }
-  loops.update(work);
+  return work;
 }
 
-// SWD's V, from the chunks' sums. sum(v) obeys the recurrence of v itself, so that a sum over the
-// gradient replaces one over v; the maxima of amsgrad have none and were summed as they will be.
-void CpuStep::apply_mean_square(const std::vector<Tensor>& tensors) {
+bool CpuStep::run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows,
+                  const Request& request, Stream) {
+  const pybind11::gil_scoped_release release;
+  CpuWork work = work_on(tensors, rows);
+  const Whole whole = reduce(work, rows, request);
+  if (request.grad_norm) *request.grad_norm = whole.grad_norm;
+  if (whole.skip) {
+    ++*request.skipped;
+    return false;
+  }
+  work.whole = &whole;
+  if (request.telemetry) {
+    measured_.resize(chunks_.size());
+    work.measured = measured_.data();
+  }
+  chosen().loops.update(work);
+  if (request.telemetry) tell(request.telemetry, work, rows, whole);
+  return true;
+}
+
+double CpuStep::sum_over(int32_t tensor) const {
+  double sum = 0;
+  for (int32_t k = first_chunks_[tensor]; k < first_chunks_[tensor + 1]; ++k) sum += sums_[k];
+  return sum;
+}
+
+// What has to be known before anything is written. One sum over the gradients serves the norm and
+// SWD's V: sum(v) obeys the recurrence of v itself, so that a sum over the gradient replaces one over
+// v. The maxima of amsgrad have none and are summed as they will be.
+Whole CpuStep::reduce(CpuWork work, const std::vector<Row>& rows, const Request& request) {
+  const auto n = static_cast<int32_t>(squares_.size());
+  const bool stable = rows.front().hyper.stable;
+  const auto is_amsgrad = [](const Row& row) { return row.hyper.is.amsgrad; };
+  const bool maximized = stable && std::any_of(rows.begin(), rows.end(), is_amsgrad);
+  double squares = 0;
+  if (request.needs_norm() || (stable && !std::all_of(rows.begin(), rows.end(), is_amsgrad))) {
+    chosen().loops.square(work);
+    for (int32_t i = 0; i < n; ++i) squares += squares_[i] = sum_over(i);
+  }
+  Whole whole = whole_of(request, squares);
+  if (whole.skip || !stable) return whole;
+
+  work.whole = &whole;
+  if (maximized) chosen().loops.maximize(work);
   double total = 0;
   int64_t elements = 0;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const Tensor& tensor = tensors[i];
-    const Row& row = rows_[tensor.row];
-    double sum = 0;
-    for (int32_t k = first_chunks_[i]; k < first_chunks_[i + 1]; ++k) sum += sums_[k];
-    if (tensor.v_sum) sum = *tensor.v_sum = kept_sum(*tensor.v_sum, sum, 1 - row.hyper.beta2);
-    total += sum / row.hyper.bias_correction2(row.t);
+  for (int32_t i = 0; i < n; ++i) {
+    const Tensor& tensor = work.tensors[i];
+    const Row& row = rows[tensor.row];
+    double sum;
+    if (row.hyper.is.amsgrad)
+      sum = sum_over(i);
+    else
+      sum = *tensor.v_sum = kept_sum(*tensor.v_sum, whole.scale * whole.scale * squares_[i],
+                                     row.numbers.coefficients.one_minus_beta2);
+    total += sum / row.numbers.bias_correction2;
     elements += tensor.numel;
   }
-  const double mean_square = elements ? total / static_cast<double>(elements) : 0;
-  for (Row& row : rows_) row.numbers.decay = stable_decay(row.numbers.decay, mean_square);
+  if (elements) whole.mean_square = total / static_cast<double>(elements);
+  return whole;
+}
+
+// The table of a measured step.
+void CpuStep::tell(double* table, const CpuWork& work, const std::vector<Row>& rows,
+                   const Whole& whole) const {
+  for (size_t i = 0; i < squares_.size(); ++i) {
+    MeasuredSums sums{};
+    ProjectionSums projection{};
+    for (int32_t k = first_chunks_[i]; k < first_chunks_[i + 1]; ++k) {
+      add(sums, measured_[k]);
+      add(projection, projections_[k]);
+    }
+    const Row& row = rows[work.tensors[i].row];
+    write_telemetry(table + i * kTelemetry, sums,
+                    row.hyper.is.decay == Decay::projection ? &projection : nullptr, row.hyper.lr,
+                    row.hyper, row.numbers, whole);
+  }
 }
 
 }  // namespace wdk

@@ -11,10 +11,15 @@ namespace wdk {
 class CpuStep : public Step {
  public:
   void plan(const std::vector<Tensor>& tensors, bool projected) override;
-  void run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows, Stream) override;
+  bool run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows, const Request& request,
+           Stream) override;
 
  private:
-  void apply_mean_square(const std::vector<Tensor>& tensors);
+  CpuWork work_on(const std::vector<Tensor>& tensors, const std::vector<Row>& rows);
+  Whole reduce(CpuWork work, const std::vector<Row>& rows, const Request& request);
+  double sum_over(int32_t tensor) const;
+  void tell(double* table, const CpuWork& work, const std::vector<Row>& rows,
+            const Whole& whole) const;
 
   bool parallel_ = false;
   std::vector<Chunk> chunks_;
@@ -22,9 +27,9 @@ class CpuStep : public Step {
   std::vector<Item> items_;
   std::vector<Batch> batches_;
   std::vector<int32_t> pending_;
-  std::vector<Row> rows_;
-  std::vector<double> sums_, shrink_;
+  std::vector<double> sums_, squares_, shrink_;  // squares: of each tensor
   std::vector<ProjectionSums> projections_;
+  std::vector<MeasuredSums> measured_;
 };
 
 // The instruction set of every step in this process.

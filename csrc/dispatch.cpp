@@ -5,10 +5,11 @@
 
 namespace wdk {
 
-#define WDK_DECLARE(isa)       \
-  namespace isa {              \
-  void reduce(const CpuWork&); \
-  void update(const CpuWork&); \
+#define WDK_DECLARE(isa)         \
+  namespace isa {                \
+  void square(const CpuWork&);   \
+  void maximize(const CpuWork&); \
+  void update(const CpuWork&);   \
   }
 WDK_DECLARE(baseline)
 #ifdef WDK_X86
@@ -32,10 +33,10 @@ CpuLoops cpu_loops(const std::string& instruction_set) {
   for (const std::string& name : instruction_sets()) {
     if (name != instruction_set) continue;
 #ifdef WDK_X86
-    if (name == "avx2") return {avx2::reduce, avx2::update};
-    if (name == "avx512") return {avx512::reduce, avx512::update};
+    if (name == "avx2") return {avx2::square, avx2::maximize, avx2::update};
+    if (name == "avx512") return {avx512::square, avx512::maximize, avx512::update};
 #endif
-    return {baseline::reduce, baseline::update};
+    return {baseline::square, baseline::maximize, baseline::update};
   }
   throw std::invalid_argument("instruction set '" + instruction_set +
                               "' is not in this build or not on this processor");

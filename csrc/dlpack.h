@@ -51,6 +51,7 @@ constexpr int32_t kCUDA = kCPU;
 constexpr int32_t kCUDA = 2;
 #endif
 constexpr uint8_t kFloat = 2;
+constexpr uint8_t kBfloat = 4;
 constexpr uint8_t kComplex = 5;
 constexpr uint32_t kMajorVersion = 1;
 }  // namespace wdk::dl

@@ -42,7 +42,8 @@ Layout layout_of(const py::object& tensor, DLDevice device) {
 
 int Plan::slot_of(PyObject* name) {
   static const std::array<const char*, kSlots> names = {
-      "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor", "exp_avg_sq_sum"};
+      "step",         "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor",
+      "compensation", "master",  "ema",        "exp_avg_sq_sum"};
   int slot = 0;
   while (slot < kSlots &&
          !(PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, names[slot]) == 0))
@@ -67,17 +68,39 @@ Plan::Plan(py::dict state, py::list groups, int32_t device, py::object memory)
     state_values_.push_back(py::reinterpret_borrow<py::object>(entry.second));
 }
 
-// Whether a tensor of the state is one that the loops can use. The host counts the steps, unless
-// they are to be captured.
-bool Plan::fits(const DLTensor& view, int slot, const Layout& weight, bool capturable) const {
-  if (!is_scalar(slot)) return weight.same_order(view);
-  if (numel(view) != 1 || !dtype(view)) return false;
-  if (slot == kExpAvgSqSum) return is_on(view, device_) && dtype(view) == DType::float64;
-  return is_on(view, capturable ? device_ : DLDevice{dl::kCPU, 0});
+// Whether the loops can use a tensor of this type in this place.
+bool Plan::is_of_type(int slot, DType type, const Layout& weight) {
+  const DType computed = computed_in(weight.dtype());
+  switch (slot) {
+    case kExpAvg:
+    case kExpAvgSq:
+    case kMaxExpAvgSq:
+      return type == computed || (type == DType::bfloat16 && computed == DType::float32);
+    case kAnchor:
+      return size_of(type) <= size_of(computed);
+    case kCompensation:
+      return type == weight.dtype() && is_narrow(type);
+    case kMaster:
+      return type == computed && is_narrow(weight.dtype());
+    default:
+      return type == computed;
+  }
 }
 
-void Plan::add_parameter(py::object parameter, py::object weight, py::object state, int32_t group) {
+// Whether a tensor of the state is one that the loops can use. The host counts the steps, unless
+// they are counted on the device.
+bool Plan::fits(const DLTensor& view, int slot, const Layout& weight, bool counted) const {
+  if (!is_scalar(slot))
+    return dtype(view) && weight.same_elements(view) && is_of_type(slot, *dtype(view), weight);
+  if (numel(view) != 1 || !dtype(view)) return false;
+  if (slot == kExpAvgSqSum) return is_on(view, device_) && dtype(view) == DType::float64;
+  return !is_narrow(*dtype(view)) && is_on(view, counted ? device_ : DLDevice{dl::kCPU, 0});
+}
+
+void Plan::add_parameter(py::object parameter, py::object weight, py::object state, int32_t group,
+                         uint32_t index) {
   Parameter p;
+  p.index = index;
   p.layout = layout_of(parameter, device_);
   p.weight = layout_of(weight, device_);
   p.object = std::move(parameter);
@@ -91,15 +114,21 @@ void Plan::add_parameter(py::object parameter, py::object weight, py::object sta
                            py::reinterpret_borrow<py::object>(value), slot});
       if (slot == kSlots) continue;
       DLTensor view;
-      if (!read(value.ptr(), view) || !fits(view, slot, p.weight, hypers_.at(group).capturable))
+      if (!read(value.ptr(), view) || !fits(view, slot, p.weight, hypers_.at(group).counted))
         throw std::invalid_argument("state tensor in another layout than its parameter");
       p.stored[slot] = {true, address(view), *dtype(view)};
     }
     const Hyper& h = hypers_.at(group);
+    const bool narrow = is_narrow(p.weight.dtype());
     const auto missing = [&](Slot slot) { return !p.stored[slot].exists; };
     if (missing(kStep) || missing(kExpAvg) || missing(kExpAvgSq) ||
-        (h.is.amsgrad && missing(kMaxExpAvgSq)) || (h.is.anchored && missing(kAnchor)) ||
-        (h.stable && !h.is.amsgrad && missing(kExpAvgSqSum)))
+        p.stored[kExpAvg].dtype != p.stored[kExpAvgSq].dtype ||
+        (h.is.amsgrad &&
+         (missing(kMaxExpAvgSq) || p.stored[kMaxExpAvgSq].dtype != p.stored[kExpAvg].dtype)) ||
+        (h.is.anchored && missing(kAnchor)) || (h.averaged && missing(kEma)) ||
+        (h.stable && !h.is.amsgrad && missing(kExpAvgSqSum)) ||
+        (narrow && h.master && missing(kMaster)) ||
+        (narrow && h.rounding == Rounding::kahan && missing(kCompensation)))
       throw std::invalid_argument("incomplete state");
   }
   parameters_.push_back(std::move(p));
@@ -110,7 +139,8 @@ void Plan::set_hyper(int32_t group, const Hyper& hyper) {
   const bool same_streams = hyper.is.decay == current.is.decay && hyper.stable == current.stable &&
                             hyper.is.amsgrad == current.is.amsgrad &&
                             hyper.is.anchored == current.is.anchored &&
-                            hyper.capturable == current.capturable;
+                            hyper.master == current.master && hyper.rounding == current.rounding &&
+                            hyper.averaged == current.averaged && hyper.counted == current.counted;
   if (!same_streams && !parameters_.empty())
     throw std::logic_error("a group that reads other streams needs a new plan");
   current = hyper;
@@ -146,7 +176,7 @@ void Plan::refuse_while_running() const {
 // ---- looking at every tensor -------------------------------------------------------------------
 
 bool Plan::unchanged(const Parameter& p) const {
-  const bool capturable = hypers_[p.group].capturable;
+  const bool counted = hypers_[p.group].counted;
   DLTensor view;
   if (!read(p.object.ptr(), view) || !(p.layout == view)) return false;
   Py_ssize_t position = 0;
@@ -157,7 +187,7 @@ bool Plan::unchanged(const Parameter& p) const {
     if (entry.slot == kSlots) continue;
     const Stored& known = p.stored[entry.slot];
     if (value != entry.value.ptr() || !read(value, view) || address(view) != known.data ||
-        !fits(view, entry.slot, p.weight, capturable) || *dtype(view) != known.dtype)
+        !fits(view, entry.slot, p.weight, counted) || *dtype(view) != known.dtype)
       return false;
   }
   if (PyDict_Size(p.state.ptr()) != static_cast<Py_ssize_t>(p.entries.size())) return false;
@@ -232,15 +262,22 @@ void Plan::list_tensors() {
     const Hyper& hyper = hypers_[p.group];
     projected = hyper.is.decay == Decay::projection;
     Tensor t{};
+    const bool narrow = is_narrow(p.weight.dtype());
     t.w = p.weight.data();
     t.m = p.stored[kExpAvg].data;
     t.v = p.stored[kExpAvgSq].data;
-    t.vmax = p.stored[kMaxExpAvgSq].data;
-    t.a = p.stored[kAnchor].data;
+    if (hyper.is.amsgrad) t.vmax = p.stored[kMaxExpAvgSq].data;
+    if (hyper.is.anchored) t.a = p.stored[kAnchor].data;
+    if (narrow && hyper.rounding == Rounding::kahan) t.compensation = p.stored[kCompensation].data;
+    if (narrow && hyper.master) t.master = p.stored[kMaster].data;
+    if (hyper.averaged) t.ema = p.stored[kEma].data;
     if (hyper.stable && !hyper.is.amsgrad)
       t.v_sum = static_cast<double*>(p.stored[kExpAvgSqSum].data);
     t.numel = p.weight.elements();
-    t.dtype = p.weight.dtype();
+    t.weight_type = p.weight.dtype();
+    t.moment_type = p.stored[kExpAvg].dtype;
+    t.anchor_type = p.stored[kAnchor].dtype;
+    t.index = p.index;
     tensors_.push_back(t);
     updated_.append(p.object);
   }
@@ -256,10 +293,10 @@ void Plan::number_tensors() {
     const Parameter& p = parameters_[active_[i]];
     const Number step{p.stored[kStep].data, p.stored[kStep].dtype};
     const Hyper& hyper = hypers_[p.group];
-    if (hyper.capturable) {
+    if (hyper.counted) {
       rows_.push_back({hyper, {}, 0, step});
     } else if (const double t = step.get() + 1; p.group != group || t != previous) {
-      rows_.push_back({hyper, coefficients(hyper, t), t, {}});
+      rows_.push_back({hyper, numbers_of(hyper, t), t, {}});
       group = p.group;
       previous = t;
     }
@@ -268,7 +305,7 @@ void Plan::number_tensors() {
   }
 }
 
-py::list Plan::step(Stream stream) {
+py::list Plan::step(const Request& request, Stream stream) {
   refuse_while_running();
   running_ = true;
   const Finally finally([this] {
@@ -276,14 +313,16 @@ py::list Plan::step(Stream stream) {
     for (int32_t position : active_) parameters_[position].gradient = py::none();
   });
   if (active_ != listed_) list_tensors();
-  if (!tensors_.empty()) {
-    number_tensors();
-    loops_->run(tensors_, rows_, stream);
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      const Stored& step = parameters_[active_[i]].stored[kStep];
-      const Row& row = rows_[tensors_[i].row];
-      if (!row.hyper.capturable) Number{step.data, step.dtype}.set(row.t);
-    }
+  if (tensors_.empty()) {
+    if (request.grad_norm && device_.device_type == dl::kCPU) *request.grad_norm = 0;
+    return updated_;
+  }
+  number_tensors();
+  if (!loops_->run(tensors_, rows_, request, stream)) return py::list();
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const Stored& step = parameters_[active_[i]].stored[kStep];
+    const Row& row = rows_[tensors_[i].row];
+    if (!row.hyper.counted) Number{step.data, step.dtype}.set(row.t);
   }
   return updated_;
 }

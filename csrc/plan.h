@@ -22,7 +22,9 @@ class Plan {
 
   // In the order of the groups. `weight` is the dense tensor the loops write: the parameter itself
   // or a copy of it. `state` is None as long as there is none.
-  void add_parameter(py::object parameter, py::object weight, py::object state, int32_t group);
+  // `index`: its position among all parameters.
+  void add_parameter(py::object parameter, py::object weight, py::object state, int32_t group,
+                     uint32_t index);
 
   // Before the parameters; later only with numbers changed.
   void set_hyper(int32_t group, const Hyper& hyper);
@@ -33,9 +35,9 @@ class Plan {
   py::object gather(const py::dict& state, const py::list& groups);
   void set_gradient(int32_t position, py::object gradient);
 
-  // One optimizer step over what was gathered; returns the parameters it updated. Gives the
-  // gradients back when it is done.
-  py::list step(Stream stream);
+  // One optimizer step over what was gathered; returns the parameters it updated, none if the step
+  // was skipped and the host knows. Gives the gradients back when it is done.
+  py::list step(const Request& request, Stream stream);
 
   // For Python's garbage collector: a parameter may reach its optimizer, and so this plan.
   int traverse(visitproc visit, void* arg) const;
@@ -43,10 +45,22 @@ class Plan {
 
  private:
   // The state tensors of a parameter, named as in torch.optim.
-  enum Slot { kStep, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAnchor, kExpAvgSqSum, kSlots };
+  enum Slot {
+    kStep,
+    kExpAvg,
+    kExpAvgSq,
+    kMaxExpAvgSq,
+    kAnchor,
+    kCompensation,
+    kMaster,
+    kEma,
+    kExpAvgSqSum,
+    kSlots
+  };
   static int slot_of(PyObject* name);
   static bool is_scalar(int slot) { return slot == kStep || slot == kExpAvgSqSum; }
-  bool fits(const DLTensor& view, int slot, const Layout& weight, bool capturable) const;
+  static bool is_of_type(int slot, DType type, const Layout& weight);
+  bool fits(const DLTensor& view, int slot, const Layout& weight, bool counted) const;
 
   // A tensor in the state; elements in the order of the weight, or a single number.
   struct Stored {
@@ -70,6 +84,7 @@ class Plan {
     std::vector<Entry> entries;
     std::array<Stored, kSlots> stored;
     int32_t group;
+    uint32_t index;
     py::object gradient;
     const void* gradient_data = nullptr;
   };

@@ -20,9 +20,10 @@ class Step {
   // Another list of tensors, all of one method; their gradients and rows are still to come.
   virtual void plan(const std::vector<Tensor>& tensors, bool projected) = 0;
 
-  // Whatever it throws, it throws before it writes.
-  virtual void run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows,
-                   Stream stream) = 0;
+  // Whatever it throws, it throws before it writes. False if the step was skipped, where the host
+  // knows.
+  virtual bool run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows,
+                   const Request& request, Stream stream) = 0;
 };
 
 }  // namespace wdk

@@ -27,11 +27,13 @@ const DLPackExchangeAPI* exchange_api() {
 bool read_attributes(py::handle tensor, DLTensor& out) {
   // Kept for the life of the process: the interpreter may be gone when statics are destroyed.
   static const py::handle strided = attribute("strided").release();
-  static const py::handle types[] = {attribute("float32").release(), attribute("float64").release(),
-                                     attribute("complex64").release(),
-                                     attribute("complex128").release()};
-  static const DLDataType codes[] = {
-      {dl::kFloat, 32, 1}, {dl::kFloat, 64, 1}, {dl::kComplex, 64, 1}, {dl::kComplex, 128, 1}};
+  static const py::handle types[] = {
+      attribute("float32").release(),   attribute("float64").release(),
+      attribute("bfloat16").release(),  attribute("float16").release(),
+      attribute("complex64").release(), attribute("complex128").release()};
+  static const DLDataType codes[] = {{dl::kFloat, 32, 1},   {dl::kFloat, 64, 1},
+                                     {dl::kBfloat, 16, 1},  {dl::kFloat, 16, 1},
+                                     {dl::kComplex, 64, 1}, {dl::kComplex, 128, 1}};
   thread_local std::vector<int64_t> shape, strides;
 
   if (!py::object(tensor.attr("layout")).is(strided)) return false;
@@ -49,7 +51,7 @@ bool read_attributes(py::handle tensor, DLTensor& out) {
   out.device.device_type = kind == "cpu" ? dl::kCPU : kind == "cuda" ? dl::kCUDA : 0;
   out.device.device_id = index.is_none() ? 0 : index.cast<int32_t>();
   out.ndim = static_cast<int32_t>(shape.size());
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < 6; ++i)
     if (type.is(types[i])) out.dtype = codes[i];
   out.shape = shape.data();
   out.strides = strides.data();
@@ -90,6 +92,8 @@ int64_t numel(const DLTensor& tensor) {
 }
 
 std::optional<DType> dtype(const DLTensor& tensor) {
+  if (tensor.dtype.code == dl::kBfloat && tensor.dtype.bits == 16) return DType::bfloat16;
+  if (tensor.dtype.code == dl::kFloat && tensor.dtype.bits == 16) return DType::float16;
   const int reals = tensor.dtype.code == dl::kComplex ? 2 : 1;
   if (tensor.dtype.code != dl::kFloat && tensor.dtype.code != dl::kComplex) return std::nullopt;
   if (tensor.dtype.bits == 32 * reals) return DType::float32;
@@ -112,7 +116,11 @@ Layout::Layout(const DLTensor& t)
 bool Layout::operator==(const DLTensor& t) const { return data_ == address(t) && same_order(t); }
 
 bool Layout::same_order(const DLTensor& t) const {
-  if (t.dtype.code != type_.code || t.dtype.bits != type_.bits ||
+  return t.dtype.code == type_.code && t.dtype.bits == type_.bits && same_elements(t);
+}
+
+bool Layout::same_elements(const DLTensor& t) const {
+  if ((t.dtype.code == dl::kComplex) != (type_.code == dl::kComplex) ||
       t.device.device_type != device_.device_type || t.device.device_id != device_.device_id ||
       t.ndim != static_cast<int32_t>(shape_.size()) ||
       !std::equal(shape_.begin(), shape_.end(), t.shape))

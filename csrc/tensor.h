@@ -45,6 +45,9 @@ class Layout {
   // Same element at the same offset: strides of dimensions of one element do not count.
   bool same_order(const DLTensor& tensor) const;
 
+  // The same of a tensor that may be of another type.
+  bool same_elements(const DLTensor& tensor) const;
+
   void* data() const { return data_; }
   int64_t elements() const { return elements_; }  // reals: twice the numel of a complex tensor
   DType dtype() const { return dtype_; }

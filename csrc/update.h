@@ -4,12 +4,13 @@
 // it; they know no math, and it knows no loops, tensors or threads. With contraction switched off
 // every backend computes the same bits.
 //
-//   0  g  <- sign * g                              sign = -1 to maximize
+//   0  g  <- scale * g                             unscaled, clipped; negative to maximize
 //   1  g  <- g + lambda (w - a)                    L2: the penalty enters both moments
 //   2  m  <- m + (1 - beta1)(g - m)
 //      v  <- v + (1 - beta2)(g^2 - v)              amsgrad: vmax <- max(vmax, v) takes v's place below
 //   3  u   = eta/(1 - beta1^t) * m / (sqrt(v)/sqrt(1 - beta2^t) + eps)
 //   4  w  <- w - (d (w - a) + u)                   decoupled: decay of the old weights
+//   5  ema <- ema + (1 - k)(w - ema)               if there is an average
 #pragma once
 
 #include <cmath>
@@ -38,26 +39,30 @@ struct Variant {
 // The numbers of one parameter's step, computed in double and rounded once (coefficients.h).
 template <class T>
 struct Coefficients {
-  T sign;             // -1 to maximize
+  T scale;            // of the gradient: -1 to maximize, and what unscaling and clipping add
   T one_minus_beta1;  // 1 - 0.999f would be off by 1.3e-5 already
   T one_minus_beta2;
   T step_size;  // eta sqrt(1 - beta2^t) / (1 - beta1^t)
   T eps;        // eps sqrt(1 - beta2^t): both bias corrections leave the element loop this way
   T decay;      // what multiplies (w - a) in the line where this decay enters
+  T average;    // 1 - k: the weight's share of its new average
 };
 
 template <class T>
 WDK_INLINE Coefficients<T> rounded(const Coefficients<double>& c) {
-  return {T(c.sign), T(c.one_minus_beta1), T(c.one_minus_beta2), T(c.step_size), T(c.eps),
-          T(c.decay)};
+  return {T(c.scale), T(c.one_minus_beta1), T(c.one_minus_beta2), T(c.step_size),
+          T(c.eps),   T(c.decay),           T(c.average)};
 }
 
-// One element of every stream the step reads or writes.
+// One element of every stream the step reads or writes, in the type it is computed in.
 template <class T>
 struct Element {
   T w, g, m, v;
   T vmax;  // amsgrad only
   T a;     // anchor; only if there is one
+
+  // By-products, for who measures the step.
+  T u, denominator;  // of line 3
 };
 
 // What Selective Projection Decay sums over a tensor: an element's terms in T, the sums in double.
@@ -69,6 +74,33 @@ struct ProjectionTerms {
                 // lose the digits that matter
 };
 using ProjectionSums = ProjectionTerms<double>;
+
+WDK_INLINE void add(ProjectionSums& to, const ProjectionSums& x) {
+  to.alignment += x.alignment;
+  to.distance2 += x.distance2;
+  to.growth2 += x.growth2;
+}
+
+// What telemetry sums over a tensor; w, g and d = w - a before the step.
+template <class T>
+struct MeasuredTerms {
+  T weight2, gradient2, update2;
+  T decay2;         // of what the decay adds, where it enters; SPD's is known after its sums
+  T distance2;      // d^2
+  T update_weight;  // u w
+  T rate;           // 1 / (sqrt(v) + eps)
+};
+using MeasuredSums = MeasuredTerms<double>;
+
+WDK_INLINE void add(MeasuredSums& to, const MeasuredSums& x) {
+  to.weight2 += x.weight2;
+  to.gradient2 += x.gradient2;
+  to.update2 += x.update2;
+  to.decay2 += x.decay2;
+  to.distance2 += x.distance2;
+  to.update_weight += x.update_weight;
+  to.rate += x.rate;
+}
 
 template <class T>
 WDK_INLINE T square_root(T x) {
@@ -105,7 +137,7 @@ template <class T>
 WDK_INLINE void update(Element<T>& x, const Coefficients<T>& c, Variant is) {
   const T d = is.anchored ? x.w - x.a : x.w;
 
-  T g = c.sign * x.g;                              // ascent or descent
+  T g = c.scale * x.g;                             // unscaled, clipped, ascent or descent
   if (is.decay == Decay::l2) g = g + c.decay * d;  // penalty into the gradient
 
   x.m = lerp(x.m, g, c.one_minus_beta1);  // first moment
@@ -114,7 +146,9 @@ WDK_INLINE void update(Element<T>& x, const Coefficients<T>& c, Variant is) {
 
   T numerator = x.m;
   if (is.decay == Decay::unmixed) numerator = numerator + c.decay * d;
-  T u = c.step_size * numerator / (square_root(is.amsgrad ? x.vmax : x.v) + c.eps);
+  x.denominator = square_root(is.amsgrad ? x.vmax : x.v) + c.eps;
+  T u = c.step_size * numerator / x.denominator;
+  x.u = u;
 
   if (is.decay == Decay::decoupled) {
     const T pull = c.decay * d;
@@ -123,7 +157,26 @@ WDK_INLINE void update(Element<T>& x, const Coefficients<T>& c, Variant is) {
   x.w = x.w - u;
 }
 
-// w before and w~ after the step; g with its sign.
+// The average, with the weight as it is stored.
+template <class T>
+WDK_INLINE T average(T ema, T w, const Coefficients<T>& c) {
+  return lerp(ema, w, c.average);
+}
+
+// Of an element that has been updated; w is the weight before.
+template <class T>
+WDK_INLINE MeasuredTerms<T> measured_terms(T w, const Element<T>& x, const Coefficients<T>& c,
+                                           Variant is) {
+  const T d = is.anchored ? w - x.a : w;
+  const T g = c.scale * x.g;
+  T decay = c.decay * d;
+  if (is.decay == Decay::unmixed) decay = c.step_size * decay / x.denominator;
+  if (is.decay == Decay::decoupled && is.cautious && opposed(x.u, d)) decay = T(0);
+  if (is.decay == Decay::projection) decay = T(0);
+  return {w * w, g * g, x.u * x.u, decay * decay, d * d, x.u * w, T(1) / x.denominator};
+}
+
+// w before and w~ after the step; g after line 0.
 template <class T>
 WDK_INLINE ProjectionTerms<T> projection_terms(T w, T g, T a, T stepped, bool anchored) {
   const T before = anchored ? w - a : w;

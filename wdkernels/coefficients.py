@@ -85,14 +85,14 @@ class Hyper:
         read: dict[str, Any] = {name: x.item() for name, x in (self.live or {}).items()}
         return replace(self, **read)
 
-    @property
-    def factors(self) -> tuple[Schedule, Schedule]:
-        """The decay schedule, as a product of two."""
-        constant = schedules.constant()
-        schedule = self.decay_schedule or constant
-        product = schedule["factors"] if schedule["kind"] == "product" else [schedule, constant]
-        first, second = map(_plain, product)
-        return first, second
+
+def factors(schedule: schedules.Schedule | None) -> tuple[Schedule, Schedule]:
+    """A schedule as a product of two."""
+    constant = schedules.constant()
+    schedule = schedule or constant
+    product = schedule["factors"] if schedule["kind"] == "product" else [schedule, constant]
+    first, second = map(_plain, product)
+    return first, second
 
 
 def _plain(schedule: schedules.Schedule) -> Schedule:

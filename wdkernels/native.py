@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wdkernels import layouts
-from wdkernels.coefficients import Hyper
+from wdkernels.coefficients import Hyper, factors
 from wdkernels.device_memory import DeviceMemory
 from wdkernels.plan import Parameter, Request, Weights
 
@@ -20,7 +20,10 @@ except ImportError as error:  # installed with WDK_NATIVE=0
 else:
     _missing = ""
 
-_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+_DTYPES = (
+    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    *(torch.complex64, torch.complex128),
+)
 
 
 def refuses(tensors: Sequence[Tensor]) -> str | None:
@@ -74,7 +77,11 @@ class Plan:
             self.set_hyper(index, hyper)
         for position, p in enumerate(parameters):
             self._core.add_parameter(
-                parameter=p.tensor, weight=self._weights[position], state=p.state, group=p.group
+                parameter=p.tensor,
+                weight=self._weights[position],
+                state=p.state,
+                group=p.group,
+                index=p.index,
             )
 
     def set_hyper(self, group: int, hyper: Hyper) -> None:
@@ -98,7 +105,9 @@ class Plan:
         for position, gradient in gradients:
             self._core.set_gradient(position, gradient)
         self._weights.load()
-        updated = self._core.step(stream=stream, capturing=capturing)
+        updated = self._core.step(
+            request=_request(request), stream=stream, capturing=capturing
+        )
         # Autograd must know, as of any in-place operation, that saved weights are out of date.
         torch.autograd.graph.increment_version(updated)
         self._weights.store()
@@ -108,10 +117,7 @@ class Plan:
 def _hyper(h: Hyper) -> Any:
     decay = {"swd": "decoupled", "spd": "projection"}.get(h.method, h.method)
     live = h.live or {}
-    first, second = (
-        _C.Schedule(kind=getattr(_C.ScheduleKind, kind), start=start, end=end, steps=steps)
-        for kind, start, end, steps in h.factors
-    )
+    scheduled = isinstance(h.ema_decay, dict)
     return _C.Hyper(
         decay=getattr(_C.Decay, decay),
         stable=h.method == "swd",
@@ -126,9 +132,34 @@ def _hyper(h: Hyper) -> Any:
         eps=h.eps,
         weight_decay=h.weight_decay,
         decay_scale=getattr(_C.DecayScale, h.decay_scale),
-        first=first,
-        second=second,
-        capturable=h.live is not None,
+        schedule=_schedules(h.decay_schedule),
+        rounding=getattr(_C.Rounding, h.rounding),
+        master=h.master_weights,
+        seed=h.seed,
+        averaged=h.ema_decay is not None,
+        ema_decay=1.0 if scheduled or h.ema_decay is None else h.ema_decay,
+        ema_schedule=_schedules(h.ema_decay if scheduled else None),
+        counted=h.live is not None,
         live_lr=live.get("lr"),
         live_weight_decay=live.get("weight_decay"),
+    )
+
+
+def _schedules(schedule: Any) -> list[Any]:
+    """As a product of two."""
+    return [
+        _C.Schedule(kind=getattr(_C.ScheduleKind, kind), start=start, end=end, steps=steps)
+        for kind, start, end, steps in factors(schedule)
+    ]
+
+
+def _request(r: Request) -> Any:
+    return _C.Request(
+        grad_scale=r.grad_scale,
+        found_inf=r.found_inf,
+        max_norm=r.max_grad_norm,
+        skip_nonfinite=r.skip_nonfinite,
+        grad_norm=r.grad_norm,
+        skipped=r.skipped,
+        telemetry=r.telemetry,
     )

@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cache
 from operator import attrgetter, eq, is_
 from typing import Any, NamedTuple, TypeAlias
@@ -20,14 +19,14 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from wdkernels import layouts, storage
+from wdkernels import layouts, schedules, storage
 from wdkernels.coefficients import (
     DECAY_SCALES,
     Hyper,
-    Schedule,
     bias_correction1,
     bias_correction2,
     coefficients,
+    factors,
     random_key,
 )
 from wdkernels.plan import Parameter, Request, Weights
@@ -669,14 +668,15 @@ def _hyper_words(h: Hyper) -> list[float]:
         float(DECAY_SCALES.index(h.decay_scale)),
         float(h.seed),
         h.ema_decay if isinstance(h.ema_decay, float) else 1.0,
-        *_schedule_words(h.factors),
-        *_schedule_words(replace(h, decay_schedule=average).factors),
+        *_schedule_words(h.decay_schedule),
+        *_schedule_words(average),
     ]
 
 
-def _schedule_words(factors: Sequence[Schedule]) -> list[float]:
+def _schedule_words(schedule: schedules.Schedule | None) -> list[float]:
     kinds = ("constant", "window", "linear", "cosine")
-    return [x for s in factors for x in (float(kinds.index(s.kind)), s.start, s.end, s.steps)]
+    parts = factors(schedule)
+    return [x for s in parts for x in (float(kinds.index(s.kind)), s.start, s.end, s.steps)]
 
 
 def _type(dtype: torch.dtype) -> Any:
