@@ -105,9 +105,7 @@ class Plan:
         for position, gradient in gradients:
             self._core.set_gradient(position, gradient)
         self._weights.load()
-        updated = self._core.step(
-            request=_request(request), stream=stream, capturing=capturing
-        )
+        updated = self._core.step(request=_request(request), stream=stream, capturing=capturing)
         # Autograd must know, as of any in-place operation, that saved weights are out of date.
         torch.autograd.graph.increment_version(updated)
         self._weights.store()

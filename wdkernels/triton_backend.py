@@ -207,6 +207,8 @@ class Plan:
                 self._limit = request.max_grad_norm, limit
             limit = self._limit[1]
             _claim(device, [limit])
+            if _capturing():
+                _captured.append([limit])
             parts = [each.squares() for each in self._lists]
             partials = _joined(parts, device)
         whole = torch.empty(k.SHARED.value, dtype=torch.float64, device=device)
@@ -221,8 +223,8 @@ class Plan:
         return whole
 
     def _known_to_be_skipped(self, request: Request, whole: Tensor | None) -> bool:
-        """Where the host counts the steps it must know of those that are skipped. It waits for
-        nobody: these are tensors of the CPU, in the interpreter."""
+        """Where the host counts the steps it must know of those that are skipped. In the
+        interpreter it waits for nobody; on a GPU the device counts them (optim.py)."""
         if whole is None or (request.found_inf is None and not request.skip_nonfinite):
             return False
         if all(each.counted for each in self._lists):
