@@ -50,6 +50,30 @@ SHAPES = [(3, 5), (), (1024 + 300,), (7,), (0, 3)]
 DTYPES = [torch.float32, torch.float64]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_patch_for_a_launch() -> Iterator[None]:
+    """The interpreter patches Triton's language for every function that a kernel calls, though it
+    still is patched for the kernel: half the time of these tests."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch = interpreter._patch_lang
+    patched: set[int] = set()  # globals in which the language is, of the launch that goes on
+
+    def patch_once(function: Any) -> Any:
+        place = id(function.__globals__)
+        if place in patched:
+            return None
+        scope = patch(function)
+        if not patched:  # the kernel's: only its scope is ever restored
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        patched.add(place)
+        return scope
+
+    interpreter._patch_lang = patch_once
+    yield
+    interpreter._patch_lang = patch
+
+
 def run(
     build: Callable[[list[Tensor]], Any],
     shapes: Sequence[Any] = SHAPES,
