@@ -242,7 +242,7 @@ class Captured:
     def step(self) -> None:
         state, groups = self.optimizer.state, self.optimizer.param_groups
         if self.plan is None:
-            members = [Parameter(p, state[p], 0, str(i)) for i, p in enumerate(self.params)]
+            members = [Parameter(p, state[p], 0, str(i), i) for i, p in enumerate(self.params)]
             self.plan = Plan(members, [self.hyper], state, groups)
         with torch.no_grad():
             assert self.plan.step(state, groups)

@@ -18,7 +18,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as it is launched: its name, the type of the elements, its constants."""
+    """A kernel as it is launched: its name, the type that is computed in, its constants.
+
+    Arguments that it is launched without are None among the constants.
+    """
 
     kernel: str
     dtype: str
@@ -31,36 +34,120 @@ class Variant:
     def has(self, name: str) -> bool:
         return bool(dict(self.constants).get(name))
 
+    def get(self, name: str) -> Any:
+        return dict(self.constants).get(name)
+
+
+# Types of weights, moments and anchors that are not the computed one, and how 16 bits are kept.
+_STORED = [
+    *(("bf16", "fp32", None, "stochastic"), ("fp16", "fp32", "fp16", "stochastic")),
+    *(("bf16", "bf16", "bf16", "kahan"), ("fp16", "bf16", "fp16", "stochastic")),
+    *(("bf16", "fp32", "fp32", "master"), ("fp32", "bf16", "bf16", "nearest")),
+    *(("fp16", "bf16", None, "kahan"), ("bf16", "bf16", None, "nearest")),
+]
+
 
 def _variants() -> Iterator[Variant]:
     flags = [False, True]
     for dtype in ("fp32", "fp64"):
         for decay in ("l2", "unmixed", "decoupled", "projection"):
-            yield Variant("coefficients_kernel", dtype, (("decay", decay),))
-            options = ["ANCHORED", "AMSGRAD", *(["CAUTIOUSLY"] if decay == "decoupled" else [])]
+            yield Variant("coefficients_kernel", dtype, (("decay", decay), ("whole", None)))
+            options = ["anchored", "AMSGRAD", *(["CAUTIOUSLY"] if decay == "decoupled" else [])]
             for values in itertools.product(flags, repeat=len(options)):
-                constants = (("decay", decay), *zip(options, values, strict=True))
-                yield Variant("update_kernel", dtype, constants)
+                given = dict(zip(options, values, strict=True))
+                yield _update(
+                    dtype, decay, anchors=dtype if given.pop("anchored") else None, **given
+                )
+            every = {"AMSGRAD": True, "AVERAGED": True, "MEASURE": True, "whole": True}
+            yield _update(dtype, decay, anchors=dtype, CAUTIOUSLY=decay == "decoupled", **every)
         for flag in flags:
-            yield Variant("reduce_kernel", dtype, (("AMSGRAD", flag),))
-            yield Variant("pull_kernel", dtype, (("ANCHORED", flag),))
+            yield _reduce(dtype, dtype, AMSGRAD=flag)
+            yield _pull(dtype, anchors=dtype if flag else None)
         yield Variant("stabilise_kernel", dtype)
         yield Variant("select_kernel", dtype)
+        yield Variant("coefficients_kernel", dtype, (("decay", "decoupled"),))
+    for weights, moments, anchors, storage in _STORED:
+        types = {"weights": weights, "moments": moments, "storage": storage, "anchors": anchors}
+        yield _update("fp32", "decoupled", **types)
+        yield _update("fp32", "projection", AMSGRAD=True, AVERAGED=True, whole=True, **types)
+        del types["moments"]
+        yield _pull("fp32", **types)
+        yield _pull("fp32", AVERAGED=True, whole=True, **types)
+        yield _reduce(weights, moments, AMSGRAD=storage == "kahan")
+    yield Variant("fold_kernel", "fp64", (("whole", None),))
     yield Variant("fold_kernel", "fp64")
+    for given in ((), ("grad_scale", "found_inf"), ("partials", "limit", "grad_norm")):
+        absent = {"grad_scale", "found_inf", "partials", "limit", "grad_norm"} - {*given}
+        yield _variant("decide_kernel", "fp64", SKIP_NONFINITE=False, **dict.fromkeys(absent))
+    yield Variant("decide_kernel", "fp64", (("SKIP_NONFINITE", True),))
+    for decay in ("unmixed", "decoupled", "projection"):
+        given = {} if decay == "decoupled" else {"mean_square": None}
+        yield _variant("measure_kernel", "fp64", decay=decay, **given)
+    yield _variant("measure_kernel", "fp64", decay="l2", mean_square=None, whole=None)
 
 
-VARIANTS = list(_variants())
-# With all options or none: PTX hardly depends on the GPU, so one of each make has the rest.
-EXTREME = [v for v in VARIANTS if len({x for _, x in v.constants if isinstance(x, bool)}) < 2]
-CHOSEN = {"sm_80": EXTREME, "sm_90": VARIANTS, "sm_100": EXTREME, "gfx942": VARIANTS}
+def _variant(kernel: str, dtype: str, **constants: Any) -> Variant:
+    return Variant(kernel, dtype, tuple(constants.items()))
+
+
+def _update(dtype: str, decay: str, whole: bool = False, **given: Any) -> Variant:
+    flags = dict.fromkeys(("AMSGRAD", "CAUTIOUSLY", "AVERAGED", "MEASURE"), False)
+    types = {"weights": dtype, "moments": dtype, "anchors": None, "storage": "nearest"}
+    constants: dict[str, Any] = {"decay": decay, **types, **flags, **given}
+    if not whole:
+        constants["whole"] = None
+    if decay != "projection" and not constants["MEASURE"]:
+        constants["partials"] = None
+    return _variant("update_kernel", dtype, **constants)
+
+
+def _pull(dtype: str, whole: bool = False, **given: Any) -> Variant:
+    constants = {
+        "weights": dtype,
+        "anchors": None,
+        "storage": "nearest",
+        "AVERAGED": False,
+        **given,
+    }
+    if not whole:
+        constants["whole"] = None
+    return _variant("pull_kernel", dtype, **constants)
+
+
+def _reduce(weights: str, moments: str, AMSGRAD: bool) -> Variant:
+    computed = "fp64" if weights == "fp64" else "fp32"
+    absent = {} if AMSGRAD else {"numbers": None, "whole": None}
+    return _variant(
+        "reduce_kernel", computed, weights=weights, moments=moments, AMSGRAD=AMSGRAD, **absent
+    )
+
+
+VARIANTS = list(dict.fromkeys(_variants()))
+# Machine code hardly depends on the GPU: one has all variants, one of another make the steps with
+# all options or none and every other kernel, the rest those steps.
+_FLAGS = ("anchors", "AMSGRAD", "CAUTIOUSLY", "AVERAGED")
+STEPS = [v for v in VARIANTS if v.kernel == "update_kernel"]
+EXTREME = [v for v in STEPS if v.has("MEASURE") or not any(map(v.has, _FLAGS))]
+STORED = [v for v in STEPS if v.get("weights") in ("bf16", "fp16") and v.has("AVERAGED")]
+OTHERS = [v for v in VARIANTS if v.kernel != "update_kernel"]
+CHOSEN = {
+    "sm_80": EXTREME,
+    "sm_90": VARIANTS,
+    "sm_100": EXTREME,
+    "gfx942": [*EXTREME, *STORED, *OTHERS],
+}
 CASES = [(variant, target) for target, variants in CHOSEN.items() for variant in variants]
 
+_NAMES = {"fp32": "float32", "fp64": "float64", "fp16": "float16", "bf16": "bfloat16"}
 _TYPES = {
     **dict.fromkeys(("tensors", "gradients", "kept", "counters"), "*i64"),
     **dict.fromkeys(("rows", "chunks", "spans", "firsts"), "*i32"),
-    **dict.fromkeys(("exact", "partials", "means", "hypers"), "*fp64"),
+    **dict.fromkeys(("exact", "partials", "means", "hypers", "whole", "mean_square"), "*fp64"),
+    **dict.fromkeys(("table", "limit", "grad_norm"), "*fp64"),
+    **dict.fromkeys(("grad_scale", "found_inf"), "*fp32"),
     **dict.fromkeys(("count", "length"), "i32"),
     "elements": "i64",
+    "skipped": "*i64",
 }
 
 
@@ -80,16 +167,16 @@ def _start(cache: str) -> None:
 def _compiled(variant: Variant, target: str) -> dict[str, str]:
     """Its assembly and its LLVM code."""
     import triton
+    import triton.language as language
     from triton.backends.compiler import GPUTarget
 
     from wdkernels import triton_backend, triton_kernels
 
     kernel = getattr(triton_kernels, variant.kernel)
-    constants = dict(variant.constants)
-    if variant.kernel == "update_kernel":
-        constants.setdefault("CAUTIOUSLY", False)
-        if constants["decay"] != "projection":
-            constants["partials"] = None
+    constants = {
+        name: getattr(language, _NAMES[x]) if name in ("weights", "moments", "anchors") and x else x
+        for name, x in variant.constants
+    }
     signature = {
         name: "constexpr" if name in constants else _TYPES.get(name, f"*{variant.dtype}")
         for name in kernel.arg_names

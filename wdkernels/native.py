@@ -81,7 +81,7 @@ class Plan:
                 weight=self._weights[position],
                 state=p.state,
                 group=p.group,
-                index=p.index,
+                index=p.position,
             )
 
     def set_hyper(self, group: int, hyper: Hyper) -> None:

@@ -20,7 +20,7 @@ class Parameter(NamedTuple):
     state: dict[str, Any] | None
     group: int
     name: str
-    index: int = 0  # type: ignore[assignment]  # position over all groups; hides a tuple's method
+    position: int  # over all groups
 
 
 class Request(NamedTuple):
