@@ -28,7 +28,7 @@ import wdkernels as wd
 from wdkernels.coefficients import Hyper, from_group
 from wdkernels.device_memory import DeviceMemory
 from wdkernels.native import Plan
-from wdkernels.plan import Parameter
+from wdkernels.plan import Parameter, Request
 
 pytestmark = [
     needs_native,
@@ -245,7 +245,7 @@ class Captured:
             members = [Parameter(p, state[p], 0, str(i)) for i, p in enumerate(self.params)]
             self.plan = Plan(members, [self.hyper], state, groups)
         with torch.no_grad():
-            assert self.plan.step(state, groups)
+            assert self.plan.step(state, groups, Request())
 
 
 @pytest.mark.parametrize("schedule", [None, wd.schedules.cosine(1.0, 0.0, steps=3)], ids=bool)
