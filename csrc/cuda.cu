@@ -82,7 +82,7 @@ struct Raw {
   template <class S>
   __device__ S get(int k) const {
     constexpr int share = sizeof(T) / sizeof(S);  // of a word
-    const auto bits = words[k / share] >> (k % share * 8 * sizeof(S) % (8 * sizeof(T)));
+    const auto bits = words[k / share] >> (k % share * 8 * sizeof(S));
     return bit_cast<S>(static_cast<Bits<sizeof(S)>>(bits));
   }
 };
@@ -791,7 +791,7 @@ void clear(void* memory, size_t bytes, Stream stream) {
 }
 
 void prepare(const GpuWork& work, const Request& request, Stream stream) {
-  launch(prepare_kernel, std::max(work.n_rows + kThreads - 1, 1) / kThreads, stream,
+  launch(prepare_kernel, (std::max(work.n_rows, 1) + kThreads - 1) / kThreads, stream,
          "counting the step", work, request);
 }
 
