@@ -48,8 +48,9 @@ struct Strip {
   // memory's, the compiler has to be told.
   template <class S, class X>
   __device__ X& at(int i) const {
-    __builtin_assume(__isGlobal(data));
-    return *reinterpret_cast<X*>(reinterpret_cast<S*>(data) + i);
+    S* const element = reinterpret_cast<S*>(data) + i;
+    __builtin_assume(__isGlobal(element));
+    return *reinterpret_cast<X*>(element);
   }
 };
 
@@ -563,10 +564,14 @@ __device__ void update_chunk(const GpuWork& work, const Chunk& chunk, double (&s
   });
 }
 
+// Blocks that a multiprocessor is to hold at once, if it has registers for them.
 template <class T, bool measured>
-__global__ void __launch_bounds__(kThreads, measured         ? 3
-                                            : sizeof(T) == 4 ? 5
-                                                             : 4)
+constexpr int kResident = measured         ? 3
+                          : sizeof(T) == 4 ? 5
+                                           : 4;
+
+template <class T, bool measured>
+__global__ void __launch_bounds__(kThreads, kResident<T, measured>)
     update_kernel(const GpuWork work) {
   if (skipped(work)) return;
   for (int k = work.first_chunk + blockIdx.x; k < work.last_chunk; k += gridDim.x) {
