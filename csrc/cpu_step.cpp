@@ -152,7 +152,7 @@ double CpuStep::sum_over(int32_t tensor) const {
 // v. The maxima of amsgrad have none and are summed as they will be.
 Whole CpuStep::reduce(CpuWork work, const std::vector<Row>& rows, const Request& request) {
   const auto n = static_cast<int32_t>(squares_.size());
-  const bool stable = rows.front().hyper.stable;
+  const bool stable = !rows.empty() && rows.front().hyper.stable;
   const auto is_amsgrad = [](const Row& row) { return row.hyper.is.amsgrad; };
   const bool maximized = stable && std::any_of(rows.begin(), rows.end(), is_amsgrad);
   double squares = 0;

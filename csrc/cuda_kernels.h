@@ -20,31 +20,44 @@ struct Span {
   int32_t first, count;
 };
 
-// All tables are in device memory. Tensors of one type at a time: chunks and tickets say which.
+// Sums of a chunk: the fields of ProjectionSums and MeasuredSums.
+constexpr int kProjected = 3, kMeasured = 7;
+
+// All tables are in device memory.
 struct GpuWork {
-  DType dtype;
   const Tensor* tensors;
-  const Span* spans;    // of each tensor
-  const Chunk* chunks;  // of all tensors
+  const Span* spans;  // of each tensor
+  const Chunk* chunks;
   const Ticket* tickets;
   Row* rows;
-  int32_t n_tensors;  // of all types
+  int32_t n_tensors;
   int32_t n_rows;
-  int32_t first_chunk, last_chunk;  // of this type's tensors
+  double elements;
+
+  // Those of the tensors that are computed in one type; `reduce` takes all chunks.
+  DType type;
+  int32_t first_chunk, last_chunk;
   int32_t first_ticket, last_ticket;
 
-  // Zero when a step starts.
+  // Zero when `reduce` or `project` starts.
   int32_t* next_ticket;  // of this type
   int32_t* done;         // per tensor: chunks whose sums are there
   int32_t* decided;      // per tensor: whether shrink is there
-  int32_t* blocks_done;  // of `reduce`, of all types
+  int32_t* blocks_done;
 
-  double* sums;                 // per chunk: what `reduce` found
-  double* means;                // per tensor: its part of SWD's V, times elements
-  double* mean_square;          // V
-  double elements;              // of all tensors
-  ProjectionSums* projections;  // per chunk: what `update` found
-  double* shrink;               // per tensor: SPD's lambda r
+  Whole* whole;                       // null: nothing is asked of the step as a whole
+  double (*sums)[1];                  // per chunk: what `reduce` found
+  double* totals;                     // per tensor: the same
+  double (*projections)[kProjected];  // per chunk: what the step found
+  double (*measured)[kMeasured];      // likewise; null if nobody asks
+  double* shrink;                     // per tensor: SPD's lambda r
+};
+
+// What `reduce` sums, and what becomes of it.
+struct Reduction {
+  bool first;   // g^2, for the numbers of the whole step; else these are known
+  bool maxima;  // of tensors with amsgrad the vmax that the step will have
+  bool stable;  // for SWD's V
 };
 
 namespace cuda {
@@ -74,11 +87,15 @@ class OnDevice {
 
 // Each throws std::runtime_error if it could not be launched. `blocks`: at most resident_blocks.
 void clear(void* memory, size_t bytes, Stream stream);
-void count(const GpuWork& work,
-           Stream stream);  // capturable: the step counts, and the rows' numbers
-void reduce(const GpuWork& work, int blocks, int all_blocks, Stream stream);  // SWD
+
+// Numbers that only the device knows: of the whole step, and of rows whose steps are counted there.
+// One of the two, before the step: `prepare` where nothing has to be summed for them.
+void prepare(const GpuWork& work, const Request& request, Stream stream);
+void reduce(const GpuWork& work, const Request& request, Reduction what, int blocks, Stream stream);
+
 void update(const GpuWork& work, int blocks, Stream stream);
 void project(const GpuWork& work, int blocks, Stream stream);  // SPD: the step and its second touch
+void tell(const GpuWork& work, double* table, Stream stream);  // telemetry, after a measured step
 
 }  // namespace cuda
 

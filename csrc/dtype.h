@@ -13,13 +13,13 @@ namespace wdk {
 
 enum class DType : uint8_t { float32, float64, bfloat16, float16 };
 
-constexpr int64_t size_of(DType type) {
+WDK_INLINE constexpr int64_t size_of(DType type) {
   return type == DType::float64 ? 8 : type == DType::float32 ? 4 : 2;
 }
-constexpr bool is_narrow(DType type) { return size_of(type) == 2; }
+WDK_INLINE constexpr bool is_narrow(DType type) { return size_of(type) == 2; }
 
 // What a step of weights of this type is computed in.
-constexpr DType computed_in(DType type) {
+WDK_INLINE constexpr DType computed_in(DType type) {
   return type == DType::float64 ? DType::float64 : DType::float32;
 }
 

@@ -77,14 +77,14 @@ void GpuStep::plan(const std::vector<Tensor>& tensors, bool projected) {
   for (const Tensor& tensor : tensors) elements += tensor.numel;
   elements_ = static_cast<double>(elements);
   const int64_t chunk = projected ? kSmallestChunk : chunk_for(elements, resident_blocks_);
-  for (DType dtype : {DType::float32, DType::float64}) add_list(dtype, tensors, chunk, projected);
+  for (DType type : {DType::float32, DType::float64}) add_list(type, tensors, chunk, projected);
 }
 
 // SPD's tickets: the second touch of a batch stands behind kBatch elements' steps after it, as on
 // the CPU. A tensor of one chunk needs none: the block that updates it decides and pulls at once.
-void GpuStep::add_list(DType dtype, const std::vector<Tensor>& tensors, int64_t chunk,
+void GpuStep::add_list(DType type, const std::vector<Tensor>& tensors, int64_t chunk,
                        bool projected) {
-  List list{dtype, static_cast<int32_t>(chunks_.size()), 0, static_cast<int32_t>(tickets_.size()),
+  List list{type, static_cast<int32_t>(chunks_.size()), 0, static_cast<int32_t>(tickets_.size()),
             0};
   std::vector<Ticket> touch;  // of the batch before
   std::vector<Ticket> next;   // of the batch that is being filled
@@ -102,7 +102,7 @@ void GpuStep::add_list(DType dtype, const std::vector<Tensor>& tensors, int64_t 
 
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& tensor = tensors[i];
-    if (tensor.dtype != dtype) continue;
+    if (tensor.type() != type) continue;
     if (projected && batch > 0 && batch + tensor.numel > kBatch) close();
     const auto first = static_cast<int32_t>(chunks_.size());
     for (int64_t begin = 0; begin < tensor.numel; begin += chunk) {
@@ -134,6 +134,13 @@ GpuStep::Buffer GpuStep::send(std::vector<char>& table, bool capturing) const {
   return {std::move(tensor), static_cast<char*>(address(there))};
 }
 
+GpuStep::Buffer GpuStep::empty(size_t bytes) const {
+  py::object tensor = memory_.attr("empty")(bytes);
+  DLTensor there;
+  if (!read(tensor.ptr(), there)) throw std::runtime_error("no device memory for sums");
+  return {std::move(tensor), static_cast<char*>(address(there))};
+}
+
 // What lasts as long as the list of tensors; again for another stream, because memory is given out
 // and taken back in the order of a stream.
 void GpuStep::place_tables(Stream stream) {
@@ -151,18 +158,15 @@ void GpuStep::place_tables(Stream stream) {
   const size_t blocks_done = scratch.add<int32_t>(1);
   const size_t done = scratch.add<int32_t>(spans_.size());
   const size_t decided = scratch.add<int32_t>(spans_.size());
-  const size_t means = scratch.add<double>(spans_.size());
   clear_bytes_ = scratch.bytes.size();
-  const size_t mean_square = scratch.add<double>(1);
-  const size_t sums = scratch.add<double>(chunks_.size());
-  const size_t projections = scratch.add<ProjectionSums>(tickets_.empty() ? 0 : chunks_.size());
+  const size_t whole = scratch.add<Whole>(1);
+  const size_t sums = scratch.add<double[1]>(chunks_.size());
+  const size_t totals = scratch.add<double>(spans_.size());
+  const size_t projections = scratch.add<double[kProjected]>(tickets_.empty() ? 0 : chunks_.size());
   const size_t shrink = scratch.add<double>(spans_.size());
 
   Buffer sent = send(tables.bytes, false);
-  py::object tensor = memory_.attr("empty")(scratch.bytes.size());
-  DLTensor there;
-  if (!read(tensor.ptr(), there)) throw std::runtime_error("no device memory for sums");
-  scratch_ = {std::move(tensor), static_cast<char*>(address(there))};
+  scratch_ = empty(scratch.bytes.size());
   tables_ = std::move(sent);
   stream_ = stream.handle;
   sent_tensors_.clear();
@@ -177,10 +181,10 @@ void GpuStep::place_tables(Stream stream) {
   work_.blocks_done = at<int32_t>(scratch_.data, blocks_done);
   work_.done = at<int32_t>(scratch_.data, done);
   work_.decided = at<int32_t>(scratch_.data, decided);
-  work_.means = at<double>(scratch_.data, means);
-  work_.mean_square = at<double>(scratch_.data, mean_square);
-  work_.sums = at<double>(scratch_.data, sums);
-  work_.projections = at<ProjectionSums>(scratch_.data, projections);
+  work_.whole = at<Whole>(scratch_.data, whole);
+  work_.sums = at<double[1]>(scratch_.data, sums);
+  work_.totals = at<double>(scratch_.data, totals);
+  work_.projections = at<double[kProjected]>(scratch_.data, projections);
   work_.shrink = at<double>(scratch_.data, shrink);
   work_.elements = elements_;
 }
@@ -205,7 +209,7 @@ void GpuStep::send_changes(const std::vector<Tensor>& tensors, const std::vector
     if (new_rows) rows_buffer_ = sent, sent_rows_ = rows;
     if (new_tensors) tensors_buffer_ = sent, sent_tensors_ = tensors;
   }
-  if (rows.front().hyper.capturable) {
+  if (rows.front().hyper.counted) {
     Tables all;
     all.add<Row>(rows.size());
     all.add<Tensor>(tensors.size());
@@ -215,44 +219,81 @@ void GpuStep::send_changes(const std::vector<Tensor>& tensors, const std::vector
 
 // ---- the step ----------------------------------------------------------------------------------
 
-void GpuStep::run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows, Stream stream) {
-  if (lists_.empty()) return;
+// Where a step is skipped, only the device knows.
+bool GpuStep::run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows,
+                  const Request& request, Stream stream) {
   const cuda::OnDevice on(device_);
+  if (tensors.empty()) {
+    if (request.needs_norm() || request.may_skip()) cuda::prepare({}, request, stream.handle);
+    return true;
+  }
   place_tables(stream);
   GpuWork work = work_;
   send_changes(tensors, rows, stream.capturing, work);
   work.n_rows = static_cast<int32_t>(rows.size());
   if (!stream.capturing) work_ = work;
-  launch(work, rows, stream.handle);
+
+  Buffer measured;
+  if (request.telemetry) {
+    measured = empty(std::max<size_t>(chunks_.size(), 1) * sizeof(double[kMeasured]));
+    work.measured = at<double[kMeasured]>(measured.data, 0);
+  }
+  const bool of_the_whole = rows.front().hyper.stable || request.needs_norm() ||
+                            request.grad_scale.data || request.found_inf.data;
+  if (!of_the_whole) work.whole = nullptr;
+  prepare(work, rows, request, stream.handle);
+  update(work, stream.handle);
+  if (request.telemetry) cuda::tell(work, request.telemetry, stream.handle);
+  return true;
 }
 
-void GpuStep::launch(GpuWork work, const std::vector<Row>& rows, void* stream) const {
-  const auto blocks = [&](const List& list) {
-    return std::min(resident_blocks_, list.last_chunk - list.first_chunk);
+int32_t GpuStep::blocks_for(int32_t first_chunk, int32_t last_chunk) const {
+  return std::min(resident_blocks_, last_chunk - first_chunk);
+}
+
+// Numbers that only the device knows.
+void GpuStep::prepare(const GpuWork& work, const std::vector<Row>& rows, const Request& request,
+                      void* stream) const {
+  const bool stable = rows.front().hyper.stable;
+  const auto is_counted = [](const Row& row) { return row.step.data != nullptr; };
+  if (chunks_.empty() || !(stable || request.needs_norm())) {
+    if (work.whole || std::any_of(rows.begin(), rows.end(), is_counted))
+      cuda::prepare(work, request, stream);
+    return;
+  }
+
+  GpuWork all = work;
+  all.first_chunk = 0;
+  all.last_chunk = static_cast<int32_t>(chunks_.size());
+  const auto reduce = [&](Reduction what) {
+    cuda::clear(scratch_.data, clear_bytes_, stream);
+    cuda::reduce(all, request, what, blocks_for(0, all.last_chunk), stream);
   };
-  const auto of = [&](const List& list) {
+  // The maxima of amsgrad are those of the scaled gradients: with a norm they have to wait for it.
+  const bool maxima = stable && std::any_of(rows.begin(), rows.end(),
+                                            [](const Row& row) { return row.hyper.is.amsgrad; });
+  if (maxima && request.needs_norm()) {
+    reduce({true, false, false});
+    reduce({false, true, true});
+  } else {
+    reduce({true, maxima, stable});
+  }
+}
+
+void GpuStep::update(const GpuWork& work, void* stream) const {
+  const bool projected = !tickets_.empty();
+  if (projected) cuda::clear(scratch_.data, clear_bytes_, stream);
+  for (const List& list : lists_) {
     GpuWork part = work;
-    part.dtype = list.dtype;
+    part.type = list.type;
     part.first_chunk = list.first_chunk;
     part.last_chunk = list.last_chunk;
     part.first_ticket = list.first_ticket;
     part.last_ticket = list.last_ticket;
     part.next_ticket += &list - lists_.data();
-    return part;
-  };
-  const bool stable = rows.front().hyper.stable;
-  const bool projected = !tickets_.empty();
-  if (stable || projected) cuda::clear(scratch_.data, clear_bytes_, stream);
-  if (std::any_of(rows.begin(), rows.end(), [](const Row& r) { return r.step.data; }))
-    cuda::count(work, stream);
-  if (stable) {
-    int all_blocks = 0;
-    for (const List& list : lists_) all_blocks += blocks(list);
-    for (const List& list : lists_) cuda::reduce(of(list), blocks(list), all_blocks, stream);
+    const int32_t blocks = blocks_for(list.first_chunk, list.last_chunk);
+    projected ? cuda::project(part, blocks, stream) : cuda::update(part, blocks, stream);
   }
-  for (const List& list : lists_)
-    projected ? cuda::project(of(list), blocks(list), stream)
-              : cuda::update(of(list), blocks(list), stream);
 }
 
 }  // namespace wdk

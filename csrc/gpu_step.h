@@ -17,13 +17,13 @@ class GpuStep : public Step {
   GpuStep(int device, py::object memory);
 
   void plan(const std::vector<Tensor>& tensors, bool projected) override;
-  void run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows,
+  bool run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows, const Request& request,
            Stream stream) override;
 
  private:
-  // Tensors of one type, which share a launch.
+  // Tensors that are computed in one type, which share a launch.
   struct List {
-    DType dtype;
+    DType type;
     int32_t first_chunk, last_chunk;
     int32_t first_ticket, last_ticket;
   };
@@ -34,12 +34,16 @@ class GpuStep : public Step {
     char* data = nullptr;
   };
 
-  void add_list(DType dtype, const std::vector<Tensor>& tensors, int64_t chunk, bool projected);
+  void add_list(DType type, const std::vector<Tensor>& tensors, int64_t chunk, bool projected);
   Buffer send(std::vector<char>& table, bool capturing) const;
+  Buffer empty(size_t bytes) const;
   void place_tables(Stream stream);
   void send_changes(const std::vector<Tensor>& tensors, const std::vector<Row>& rows,
                     bool capturing, GpuWork& work);
-  void launch(GpuWork work, const std::vector<Row>& rows, void* stream) const;
+  int32_t blocks_for(int32_t first_chunk, int32_t last_chunk) const;
+  void prepare(const GpuWork& work, const std::vector<Row>& rows, const Request& request,
+               void* stream) const;
+  void update(const GpuWork& work, void* stream) const;
 
   int device_;
   py::object memory_;

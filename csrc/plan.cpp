@@ -294,7 +294,10 @@ void Plan::number_tensors() {
     const Number step{p.stored[kStep].data, p.stored[kStep].dtype};
     const Hyper& hyper = hypers_[p.group];
     if (hyper.counted) {
-      rows_.push_back({hyper, {}, 0, step});
+      Row& row = rows_.emplace_back();  // padding cleared: a GPU's are compared byte by byte
+      row.hyper = hyper;
+      row.step.data = step.data;
+      row.step.type = step.type;
     } else if (const double t = step.get() + 1; p.group != group || t != previous) {
       rows_.push_back({hyper, numbers_of(hyper, t), t, {}});
       group = p.group;
@@ -313,10 +316,6 @@ py::list Plan::step(const Request& request, Stream stream) {
     for (int32_t position : active_) parameters_[position].gradient = py::none();
   });
   if (active_ != listed_) list_tensors();
-  if (tensors_.empty()) {
-    if (request.grad_norm && device_.device_type == dl::kCPU) *request.grad_norm = 0;
-    return updated_;
-  }
   number_tensors();
   if (!loops_->run(tensors_, rows_, request, stream)) return py::list();
   for (size_t i = 0; i < tensors_.size(); ++i) {

@@ -28,7 +28,7 @@ import wdkernels as wd
 from wdkernels.coefficients import Hyper, from_group
 from wdkernels.device_memory import DeviceMemory
 from wdkernels.native import Plan
-from wdkernels.plan import Parameter
+from wdkernels.plan import Parameter, Request
 
 pytestmark = [
     needs_native,
@@ -40,6 +40,7 @@ ELEMENTWISE = [i for i, v in enumerate(VARIANTS) if v.method not in REDUCING]
 # Whole vectors and a rest; one element; none; two chunks and a rest.
 SHAPES = [(3, 5), (), (1000,), (7,), (0, 3), (2 * 2048 + 5,)]
 DTYPES = [torch.float32, torch.float64]
+NARROW = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture
@@ -76,6 +77,19 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         torch.testing.assert_close(x, expected[name], rtol=0, atol=tolerance * scale, msg=name)
 
 
+def assert_almost_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """But for what follows from sums in another order: the last bits, of 16 only now and then."""
+    assert actual.keys() == expected.keys()
+    for name, x in actual.items():
+        y = expected[name]
+        assert x.dtype == y.dtype
+        scale = y.abs().max().item() if x.numel() else 0.0
+        eps = 1e-12 if x.dtype == torch.float64 else 2 * torch.finfo(x.dtype).eps
+        torch.testing.assert_close(x, y, rtol=0, atol=eps * scale, msg=name)
+        if x.dtype in NARROW:
+            assert (x != y).sum() <= 0.005 * x.numel(), name
+
+
 # ---- numbers -------------------------------------------------------------------------------------
 
 
@@ -107,28 +121,337 @@ def test_sums_over_many_chunks(method: str, amsgrad: bool) -> None:
     assert_same_bits(actual, on_gpu(variant, **options))
 
 
-@pytest.mark.parametrize("index", [0, 1, 2], ids=["w", "g", "a"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_streams_that_are_not_aligned(index: int, dtype: torch.dtype, gpu: Any) -> None:
-    """A stream that starts one element past 16 bytes is not touched outside of its own."""
-    runs = []
-    for offset in (0, 1):
-        room = [torch.full((64,), 7.0, dtype=dtype) for _ in range(3)]
-        views = [x[offset if k == index else 0 :][:50] for k, x in enumerate(room)]
-        for k, view in enumerate(views):
-            view.copy_(random(50, seed=k, dtype=dtype))
-        w, g, a = views
-        w.grad = g
-        optimizer = wd.AdamW([w], lr=0.1, weight_decay=0.2, anchor=[a], backend="native")
-        if index == 2:
-            optimizer.state[w]["anchor"] = a
+STREAMS = ["w", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor", "ema"]
+UNALIGNED: list[tuple[torch.dtype, str, dict[str, Any]]] = [
+    *((dtype, name, {}) for dtype in (torch.float32, torch.float64) for name in STREAMS),
+    *((torch.bfloat16, name, {"moment_dtype": torch.bfloat16}) for name in STREAMS),
+    (torch.float16, "w", {}),
+    (torch.float16, "compensation", {"rounding": "kahan"}),
+    (torch.float16, "master", {"master_weights": True}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "name", "options"), UNALIGNED, ids=str)
+def test_streams_that_are_not_aligned(
+    dtype: torch.dtype, name: str, options: dict[str, Any], gpu: Any
+) -> None:
+    """One that starts an element later has the same bits; nothing around it is touched."""
+    variant = Variant("decoupled", {"amsgrad": True, "ema_decay": 0.75, **options}, True)
+
+    def trained(offset: int) -> dict[str, Tensor]:
+        def place(x: Tensor, called: str) -> Tensor:
+            if called != name:
+                return x.clone()
+            rooms.append(torch.full((64,), 7.0, dtype=x.dtype))
+            return rooms[-1][offset:][:50].copy_(x)
+
+        rooms: list[Tensor] = []
+        w = place(random(50, seed=1, dtype=dtype), "w")
+        optimizer = variant.build([w], "native")
+        for t in range(2):
+            w.grad = place(random(50, seed=2 + t, dtype=dtype), "grad")
+            optimizer.step()
+            state = optimizer.state[w]
+            if t == 0 and name in state:
+                state[name] = place(state[name], name)
+        assert rooms
+        for room in rooms:
+            assert (room[:offset] == 7).all()
+            assert (room[offset + 50 :] == 7).all()
+        return snapshot(optimizer, [w])
+
+    assert_same_bits(trained(0), trained(1))
+
+
+# Of every way to store, all types in one optimizer.
+STORAGE: list[tuple[list[torch.dtype], dict[str, Any]]] = [
+    ([*NARROW, *DTYPES], {"seed": 7}),
+    ([*NARROW, torch.float64], {"rounding": "nearest", "ema_decay": 0.75}),
+    ([*NARROW, torch.float32], {"rounding": "kahan"}),
+    ([*NARROW, torch.float32], {"rounding": "kahan", "moment_dtype": torch.bfloat16, "seed": 1}),
+    ([*NARROW, torch.float64], {"master_weights": True}),
+    (
+        [*NARROW, torch.float32],
+        {
+            "master_weights": True,
+            "moment_dtype": torch.bfloat16,
+            "ema_decay": wd.schedules.cosine(0.25, 1.0, steps=3),
+        },
+    ),
+    ([*NARROW, torch.float32], {"moment_dtype": torch.bfloat16, "ema_decay": 0.75, "seed": 2}),
+]
+OF_STORAGE = pytest.mark.parametrize(
+    ("dtypes", "options"), STORAGE, ids=lambda x: "-".join(x) if isinstance(x, dict) else ""
+)
+
+
+@OF_STORAGE
+@pytest.mark.parametrize(
+    "variant",
+    [
+        Variant("l2", {"maximize": True}),
+        Variant("unmixed", {"amsgrad": True}, anchored=True),
+        Variant("decoupled", {"amsgrad": True, "cautious": True}),
+        Variant("decoupled", {}, anchored=True),
+    ],
+    ids=str,
+)
+def test_bits_of_every_storage(
+    variant: Variant, dtypes: list[torch.dtype], options: dict[str, Any]
+) -> None:
+    variant = variant._replace(options={**variant.options, **options})
+    assert_same_bits(on_gpu(variant, dtypes=dtypes), on_cpu(variant, dtypes=dtypes))
+
+
+def test_anchors_of_other_types() -> None:
+    """Of all those that are no wider than what is computed in."""
+    pairs = [(w, a) for w in (torch.float64, torch.float32, *NARROW)
+             for a in (torch.float32, *NARROW) if w != a]  # fmt: skip
+
+    def trained() -> dict[str, Tensor]:
+        params = [random(1001, seed=i, dtype=w) for i, (w, _) in enumerate(pairs)]
+        anchors = [random(1001, seed=50 + i, dtype=a) for i, (_, a) in enumerate(pairs)]
+        optimizer = Variant("decoupled", {}, True).build(params, "native", anchors)
+        assert [optimizer.state[p]["anchor"].dtype for p in params] == [a for _, a in pairs]
+        train(optimizer, params, range(2))
+        return snapshot(optimizer, params)
+
+    expected = trained()
+    with emulated.gpu():
+        assert_same_bits(trained(), expected)
+
+
+@OF_STORAGE
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("method", REDUCING)
+def test_sums_of_every_storage(
+    method: str, amsgrad: bool, dtypes: list[torch.dtype], options: dict[str, Any]
+) -> None:
+    """SPD's second touch included, of tensors of one chunk and of several."""
+    variant = Variant(method, {"amsgrad": amsgrad, **options}, anchored=method == "spd")
+    assert_almost_same(on_gpu(variant, dtypes=dtypes), on_cpu(variant, dtypes=dtypes))
+
+
+# ---- the whole step ------------------------------------------------------------------------------
+
+
+def scaled(optimizer: Any, scale: float, found_inf: float) -> None:
+    """What a GradScaler does before it calls step()."""
+    optimizer.grad_scale = torch.tensor(scale)
+    optimizer.found_inf = torch.tensor(found_inf)
+
+
+def norm_of(params: Sequence[Tensor]) -> float:
+    squares = [p.grad.double().pow(2).sum() for p in params if p.grad is not None]
+    return torch.stack(squares).sum().sqrt().item()
+
+
+EVERYTHING = [torch.bfloat16, *DTYPES]
+WHOLE: list[dict[str, Any]] = [{"amsgrad": False}, {"amsgrad": True}]
+
+
+@pytest.mark.parametrize("options", WHOLE, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_clipping(method: str, options: dict[str, Any]) -> None:
+    """The first step is clipped, the third, of small gradients, is not."""
+
+    def trained() -> tuple[dict[str, Tensor], list[float], list[float]]:
+        params = [random(*s, seed=i, dtype=d) for d in EVERYTHING for i, s in enumerate(SHAPES)]
+        optimizer = Variant(method, options).build(
+            params, "native", max_grad_norm=90.0, rounding="kahan", ema_decay=0.75
+        )
+        norms, found = [], []
+        for t in range(3):
+            for i, p in enumerate(params):
+                g = gradient(p, i, t)
+                p.grad = None if g is None else g * 4
+            scaled(optimizer, 4.0, 0.0)
+            norms.append(norm_of(params) / 4)
+            optimizer.step()
+            found.append(optimizer.grad_norm.item())
+        return snapshot(optimizer, params), norms, found
+
+    with emulated.gpu():
+        actual, norms, found = trained()
+    assert norms[0] > 90 > norms[2]
+    assert found == pytest.approx(norms, rel=1e-12)
+    assert_almost_same(actual, trained()[0])
+
+
+def test_a_norm_that_is_not_finite_clips_to_nan(gpu: Any) -> None:
+    """As torch.nn.utils.clip_grad_norm_: nothing hides it."""
+    params = model(3)
+    optimizer = wd.AdamW(params, lr=0.1, max_grad_norm=1.0, backend="native")
+    params[1].grad[3] = torch.nan
+    optimizer.step()
+    assert optimizer.grad_norm.isnan()
+    assert all(p.isnan().all() for p in params)
+
+
+@pytest.mark.parametrize("cause", ["found_inf", "skip_nonfinite"])
+@pytest.mark.parametrize("options", WHOLE, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_skipped_step(method: str, options: dict[str, Any], cause: str) -> None:
+    """Changes nothing, and the others are what they are without it."""
+
+    def trained(calls: Sequence[int | None]) -> dict[str, Tensor]:
+        dtypes = [torch.bfloat16, torch.float32]
+        params = [random(*s, seed=i, dtype=d) for d in dtypes for i, s in enumerate(SHAPES)]
+        skip_nonfinite = cause == "skip_nonfinite"
+        optimizer = Variant(method, options).build(
+            params, "native", ema_decay=0.75, telemetry_every=1, skip_nonfinite=skip_nonfinite
+        )
+        for t in calls:
+            skipped = t is None
+            for i, p in enumerate(params):
+                p.grad = gradient(p, i, 0 if t is None else t)
+            if skip_nonfinite and skipped:
+                params[0].grad[1, 2] = torch.inf
+            if not skip_nonfinite:
+                scaled(optimizer, 1.0, float(skipped))
+            before = snapshot(optimizer, params)
+            optimizer.step()
+            _, table, _ = optimizer._measured
+            assert (table == 0).all() == skipped
+            if skip_nonfinite:
+                assert optimizer.grad_norm.isfinite() != skipped
+            if skipped:
+                assert_same_bits(snapshot(optimizer, params), before)
+        assert optimizer.skipped_steps == calls.count(None)
+        return snapshot(optimizer, params)
+
+    with emulated.gpu():
+        assert_same_bits(trained([0, 1, None, 2, None, 3]), trained([0, 1, 2, 3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *map(Variant, METHODS),
+        Variant("decoupled", {"cautious": True, "amsgrad": True, "maximize": True}, True),
+        Variant("swd", {"amsgrad": True}, True),
+        Variant("spd", {"amsgrad": True, "master_weights": True}, True),
+    ],
+    ids=str,
+)
+def test_telemetry(variant: Variant, dtype: torch.dtype) -> None:
+    """The CPU's, but for the order of the sums; and the bits of a step that is not measured."""
+    if dtype != torch.bfloat16:
+        variant.options.pop("master_weights", None)
+
+    def trained(**more: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
+        params = [random(*s, seed=i, dtype=dtype) for i, s in enumerate([*SHAPES, (5 * 2048,)])]
+        optimizer = variant.build(params, "native", **more)
+        tables = []
+        for t in range(3):
+            train(optimizer, params, range(t, t + 1))
+            if optimizer._measured:
+                tables.append(optimizer._measured[1])
+        return snapshot(optimizer, params), tables
+
+    whole: dict[str, Any] = {"ema_decay": 0.75, "max_grad_norm": 30.0}
+    _, on_cpu = trained(telemetry_every=1, **whole)
+    with emulated.gpu():
+        actual, tables = trained(telemetry_every=1, **whole)
+        assert_same_bits(actual, trained(**whole)[0])
+    # A run of the CPU's terms is added in float32.
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    for table, of_cpu in zip(tables, on_cpu, strict=True):
+        scale = of_cpu.abs().amax(0, keepdim=True).clamp(min=1e-300)
+        torch.testing.assert_close(table / scale, of_cpu / scale, rtol=0, atol=tolerance)
+
+
+def test_lr_of_telemetry_is_read_on_the_device(gpu: Any) -> None:
+    optimizer = Captured(wd.AdamW, model(2))
+    table = torch.zeros(2, 12, dtype=torch.float64)
+    optimizer.lr.fill_(0.375)
+    optimizer.step(Request(telemetry=table))
+    assert table[:, 7].tolist() == [0.375, 0.375]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_gradients(method: str, gpu: Any) -> None:
+    """There is a norm, and nothing else."""
+    params = model(3)
+    optimizer = Variant(method).build(
+        params, "native", max_grad_norm=1.0, skip_nonfinite=True, telemetry_every=1
+    )
+    optimizer.step()
+    before = snapshot(optimizer, params)
+    for p in params:
+        p.grad = None
+    optimizer.step()
+    assert optimizer.grad_norm == 0
+    assert optimizer.skipped_steps == 0
+    assert_same_bits(snapshot(optimizer, params), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_without_elements(method: str) -> None:
+    """Their steps are counted, and they have rows of telemetry."""
+
+    def trained() -> tuple[dict[str, Tensor], Tensor]:
+        params = [torch.zeros(0, 3), torch.zeros(0)]
+        optimizer = Variant(method).build(params, "native", skip_nonfinite=True, telemetry_every=1)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+        assert optimizer.grad_norm == 0
+        return snapshot(optimizer, params), optimizer._measured[1]
+
+    expected, table = trained()
+    with emulated.gpu():
+        actual, on_gpu = trained()
+    assert_same_bits(actual, expected)
+    assert torch.equal(on_gpu, table)
+    assert actual["step 0"] == 2
+
+
+# What a step asks of the device: kernels, and tables that are cleared.
+CALLS: list[tuple[str, dict[str, Any], tuple[int, int]]] = [
+    ("decoupled", {}, (1, 0)),
+    ("decoupled", {"ema_decay": 0.75, "rounding": "kahan"}, (1, 0)),
+    ("swd", {}, (2, 1)),
+    ("swd", {"amsgrad": True}, (2, 1)),
+    ("spd", {}, (1, 1)),
+    ("spd", {"ema_decay": 0.75}, (1, 1)),
+    ("decoupled", {"max_grad_norm": 1.0}, (2, 1)),
+    ("decoupled", {"skip_nonfinite": True}, (2, 1)),
+    ("swd", {"max_grad_norm": 1.0, "skip_nonfinite": True}, (2, 1)),
+    ("swd", {"max_grad_norm": 1.0, "amsgrad": True}, (3, 2)),
+    ("spd", {"max_grad_norm": 1.0}, (2, 2)),
+    ("decoupled", {"telemetry_every": 1}, (2, 0)),
+    ("decoupled", {"found_inf": 0.0}, (2, 0)),
+]
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.bfloat16, *DTYPES]], ids=len)
+@pytest.mark.parametrize(("method", "options", "expected"), CALLS, ids=str)
+def test_launches(
+    method: str,
+    options: dict[str, Any],
+    expected: tuple[int, int],
+    dtypes: list[torch.dtype],
+    gpu: Any,
+) -> None:
+    """All types in the same, but that float64 has a kernel of its own for the step."""
+    params = [torch.ones(100, dtype=dtype) for dtype in dtypes for _ in range(2)]
+    options = dict(options)
+    found_inf = options.pop("found_inf", None)
+    optimizer = Variant(method, options).build(params, "native")
+    counts = []
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        if found_inf is not None:
+            scaled(optimizer, 2.0, found_inf)
+        counts.append([emulated.calls(x) for x in ("cudaLaunchKernelEx", "cudaMemsetAsync")])
         optimizer.step()
-        runs.append(snapshot(optimizer, [w]))
-        for k, x in enumerate(room):
-            first = offset if k == index else 0
-            assert (x[:first] == 7).all()
-            assert (x[first + 50 :] == 7).all()
-    assert_same_bits(*runs)
+    counts.append([emulated.calls(x) for x in ("cudaLaunchKernelEx", "cudaMemsetAsync")])
+    launches, cleared = (after - before for before, after in zip(counts[1], counts[2], strict=True))
+    assert (launches - (torch.float64 in dtypes), cleared) == expected
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -223,6 +546,9 @@ def test_no_memory_for_a_table(where: str, gpu: Any, monkeypatch: pytest.MonkeyP
 # ---- capturable ----------------------------------------------------------------------------------
 
 
+NOTHING = Request()
+
+
 class Captured:
     """An optimizer's plan with step counts, lr and weight_decay on the device."""
 
@@ -239,13 +565,13 @@ class Captured:
             self.optimizer._complete_state(p, hyper)
         self.plan: Plan | None = None
 
-    def step(self) -> None:
+    def step(self, request: Request = NOTHING) -> None:
         state, groups = self.optimizer.state, self.optimizer.param_groups
         if self.plan is None:
             members = [Parameter(p, state[p], 0, str(i), i) for i, p in enumerate(self.params)]
             self.plan = Plan(members, [self.hyper], state, groups)
         with torch.no_grad():
-            assert self.plan.step(state, groups)
+            assert self.plan.step(state, groups, request)
 
 
 @pytest.mark.parametrize("schedule", [None, wd.schedules.cosine(1.0, 0.0, steps=3)], ids=bool)

@@ -23,13 +23,15 @@
 // - As with CUDA, a process that has launched something must not fork and launch again.
 //
 // wdk_emulate_failure("cudaLaunchKernelEx", 1, cudaErrorIllegalAddress) makes the second launch from
-// now on fail; likewise every other call that returns an error, by its name.
+// now on fail; likewise every other call that returns an error, by its name. How many there were,
+// wdk_emulated_calls("cudaLaunchKernelEx") tells.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <string>
 #include <tuple>
@@ -199,11 +201,13 @@ struct Failure {
   std::string call;  // empty: nothing is to fail
   int passing;
   cudaError_t error;
+  std::map<std::string, int> calls;  // so far
 };
 inline Failure failure;
 
 inline cudaError_t failure_of(const char* name) {
   std::lock_guard<std::mutex> lock(failure.mutex);
+  ++failure.calls[name];
   if (failure.call != name || failure.passing-- > 0) return cudaSuccess;
   failure.call.clear();
   return failure.error;
@@ -233,6 +237,12 @@ extern "C" __attribute__((used, visibility("default"))) inline void wdk_emulate_
   emulated::failure.call = call;
   emulated::failure.passing = passing;
   emulated::failure.error = cudaError_t(error);
+}
+
+extern "C" __attribute__((used, visibility("default"))) inline int wdk_emulated_calls(
+    const char* call) {
+  std::lock_guard<std::mutex> lock(emulated::failure.mutex);
+  return emulated::failure.calls[call];
 }
 
 inline cudaError_t cudaPeekAtLastError() { return emulated::last_error; }
