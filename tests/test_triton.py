@@ -806,6 +806,21 @@ def test_lr_and_weight_decay_are_read_at_every_step() -> None:
     assert_close(runs[1], runs[0], 1e-13)
 
 
+def test_each_capture_needs_a_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph copies from is set aside outside of it, for one graph alone."""
+    params = [random(6, seed=i).to(DEVICE) for i in range(2)]
+    optimizer = Capturable(Variant("decoupled").build(params, "eager"), params)
+    train(optimizer, params, range(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_backend, "_capturing", lambda: True)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="run one, with the same parameters, before each"):
+            optimizer.step()
+    before = snapshot(optimizer, params)
+    optimizer.step()
+    assert snapshot(optimizer, params)["step 0"] == before["step 0"] + 1 == 3
+
+
 @pytest.mark.parametrize("index", [0, 1, 4, 6], ids=lambda i: str(STORED[i]))
 def test_random_bits_and_averages_from_steps_that_the_device_counts(index: int) -> None:
     case = STORED[index]

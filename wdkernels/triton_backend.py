@@ -588,6 +588,11 @@ class _CountingList(_TensorList):
         if _capturing():
             # Copied by the graph at each replay: other steps may use other gradients meanwhile.
             staging, self._spare = self._spare, None
+            if staging is None:
+                raise RuntimeError(
+                    "a CUDA graph is being captured, which a step can only join after steps "
+                    "outside of it: run one, with the same parameters, before each capture"
+                )
             sent = _sent(*changing, device=self.device, staging=staging)
             _captured.append([staging, *self._tables])
         else:
@@ -620,7 +625,7 @@ class _CountingList(_TensorList):
         """The device has counted."""
 
 
-_captured: list[list[Tensor | None]] = []  # what graphs read, for as long as the process lives
+_captured: list[list[Tensor]] = []  # what graphs read, for as long as the process lives
 _LIVE = {"lr": 0, "weight_decay": 5}  # their places among the words
 
 
