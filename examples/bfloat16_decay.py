@@ -29,7 +29,6 @@ WAYS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "wdkernels, master_weights=True": partial(wd.AdamW, master_weights=True),
     'wdkernels, rounding="nearest"': partial(wd.AdamW, rounding="nearest"),
     "torch.optim.AdamW(fused=True)": partial(torch.optim.AdamW, fused=True),
-    "torch.optim.AdamW(foreach=True)": partial(torch.optim.AdamW, foreach=True),
 }
 
 
