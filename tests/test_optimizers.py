@@ -306,15 +306,35 @@ def restored() -> Iterator[None]:
     native._C.use_instruction_set(instruction_set)
 
 
+# The whole step, on weights of several types.
+WHOLE: list[dict[str, Any]] = [
+    {"max_grad_norm": 0.5, "ema_decay": 0.9, "telemetry_every": 1},
+    {"rounding": "kahan", "moment_dtype": torch.bfloat16},
+    {"master_weights": True, "ema_decay": 0.9},
+    {"amsgrad": True, "moment_dtype": torch.bfloat16, "max_grad_norm": 0.5},
+]
+variants_and_whole_steps = pytest.mark.parametrize(
+    "variant",
+    [*VARIANTS, *(Variant(method, each, True) for method in METHODS for each in WHOLE)],
+    ids=str,
+)
+
+
 def on_native(variant: Variant, sizes: list[tuple[int, ...]], steps: int) -> dict[str, Tensor]:
-    params = [*weights(torch.float32, sizes), *weights(torch.float64, sizes)]
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    dtypes = narrow if variant.options in WHOLE else (torch.float32, torch.float64)
+    params = [p for dtype in dtypes for p in weights(dtype, sizes)]
     optimizer = variant.build(params, "native")
     train(optimizer, params, range(steps))
-    return snapshot(optimizer, params)
+    found = snapshot(optimizer, params)
+    if optimizer.telemetry_every:
+        telemetry = optimizer.telemetry()
+        found |= {f"{p} {key}": x for p in telemetry for key, x in telemetry[p].items()}
+    return found
 
 
 @needs_native
-@every_variant
+@variants_and_whole_steps
 @pytest.mark.usefixtures("restored")
 def test_same_bits_with_every_instruction_set(variant: Variant) -> None:
     runs = []
@@ -327,7 +347,7 @@ def test_same_bits_with_every_instruction_set(variant: Variant) -> None:
 
 
 @needs_native
-@every_variant
+@variants_and_whole_steps
 @pytest.mark.usefixtures("restored")
 def test_same_bits_for_every_number_of_threads_and_every_run(variant: Variant) -> None:
     """Enough elements to wake the threads, in tensors of many chunks and many tensors of one."""

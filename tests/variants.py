@@ -159,4 +159,6 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 def bits(x: Tensor) -> Tensor:
     x = x.resolve_conj().resolve_neg()
     x = torch.view_as_real(x) if x.is_complex() else x
-    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    return x.contiguous().view(
+        {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    )
