@@ -5,6 +5,9 @@
     python -m bench --quick          a minute, on small tensors
     pytest bench/                    the same measurement, with all of pytest-benchmark's options
 
+There are two parts: AdamW by everybody and every decay; and, on the workloads whose names end in
+`-whole`, 16-bit storage, clipping, averages and telemetry beside the same in separate passes.
+
 Contenders on one workload take turns, one timed step each per round, on the same weights, gradients
 and state. A ratio is the median over the rounds of the ratio within a round, so what slows the
 whole machine for a second or a minute slows both sides of it.
@@ -12,6 +15,7 @@ whole machine for a second or a minute slows both sides of it.
     workloads.py     what is measured: lists of tensor shapes
     contenders.py    who is measured: optimizers, and what they must move
     papers.py        SWD and SPD as research repositories write them
+    separate.py      clipping, AdamW, averages and norms one after the other, by torch's functions
     limit.py         how fast this machine moves memory
     clock.py         the host's time, and a GPU's own
     runner.py        the rounds

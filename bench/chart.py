@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 
 from bench.results import Results, Row
 from bench.targets import PLAIN_DECAYS
+from bench.workloads import WHOLE
 
 OURS, OTHERS, INK, FAINT = "#c8385a", "#a9b6c3", "#22303c", "#e3e8ec"
+BEFORE_LINES = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 LIGHT = {OURS: "#ecb9c5", OTHERS: "#dce2e8"}
 STYLE = {
     "font.size": 11,
@@ -37,6 +39,8 @@ MAKERS = (
 )
 FUSED = MAKERS[:-2]
 SUMS = tuple(f"wdkernels {method}" for method in ("AdamSWD", "AdamSPD rests", "AdamSPD fires"))
+STORED = ("kahan", "nearest", "master_weights", "moments")
+WHOLE_STEPS = ("clip", "EMA", "clip + EMA", "telemetry", "all", "all, measured")
 
 
 class Bar(NamedTuple):
@@ -56,15 +60,15 @@ def draw(results: Results, path: Path) -> None:
         f"{results.date}. Contenders take turns; medians over the rounds."
     )
     if results.on_gpu:
-        caption += " Kernel times, where nothing else is said."
+        caption += "\nKernel times, where nothing else is said."
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(18, 11))
+        figure = Figure(figsize=(13, 20))
         figure.subplots_adjust(
-            left=0.09, right=0.97, bottom=0.05, top=0.84, wspace=0.5, hspace=0.34
+            left=0.14, right=0.95, bottom=0.03, top=0.91, wspace=0.5, hspace=0.34
         )
-        figure.text(0.015, 0.95, "How fast is a step?", size=22, weight="bold")
-        figure.text(0.015, 0.925, caption, size=12)
-        for axes, panel in zip(figure.subplots(2, 3).flat, _panels(results), strict=True):
+        figure.text(0.015, 0.972, "How fast is a step?", size=22, weight="bold")
+        figure.text(0.015, 0.966, caption, size=12, va="top")
+        for axes, panel in zip(figure.subplots(4, 2).flat, _panels(results), strict=True):
             panel(axes, results)
             if not axes.has_data():
                 axes.text(0.5, 0.5, "not part of this run", ha="center", transform=axes.transAxes)
@@ -109,17 +113,53 @@ def _clocks(axes: Axes, results: Results) -> None:
 
 
 def _decays(axes: Axes, results: Results, workload: str) -> None:
+    bars = ((name, name.removeprefix("wdkernels "), "") for name in (*PLAIN_DECAYS, *SUMS))
+    _over_adamw(axes, results, workload, "What does another decay cost?", "AdamW's", bars)
+
+
+def _storage(axes: Axes, results: Results, workload: str) -> None:
+    ours = (("", "stochastic"), *((f" {how}", how.replace("_", " ")) for how in STORED))
+    bars = [(f"wdkernels AdamW bf16{method}", label, "wdkernels") for method, label in ours]
+    bars += [(f"{maker} AdamW bf16", maker, "others") for maker in ("DeepSpeed", "torch fused")]
+    _over_adamw(axes, results, workload, "What does bfloat16 save?", "AdamW's in float32", bars)
+
+
+def _whole(axes: Axes, results: Results, workload: str) -> None:
+    bars = [
+        (
+            f"{maker} AdamW {method}",
+            method,
+            "wdkernels" if maker == "wdkernels" else "separate passes",
+        )
+        for maker in ("wdkernels", "separate")
+        for method in WHOLE_STEPS
+    ]
+    _over_adamw(axes, results, workload, "And the whole step?", "AdamW's alone", bars)
+
+
+def _over_adamw(
+    axes: Axes,
+    results: Results,
+    workload: str,
+    question: str,
+    adamws: str,
+    bars: Iterable[tuple[str, str, str]],
+) -> None:
+    """Times over AdamW's of what is named; a label and a heading for each."""
     adamw = results.find(workload, "wdkernels AdamW")
-    subject = f"{adamw.title}, time of a step over AdamW's" if adamw else ""
-    _title(axes, "What does another decay cost?", subject)
+    title = adamw.title.removesuffix(f", {WHOLE}") if adamw else ""
+    _title(axes, question, f"{title}, time of a step over {adamws}" if adamw else "")
     if adamw is None:
         return
-    bars = []
-    for row in _rows(results, workload, (*PLAIN_DECAYS, *SUMS)):
-        time, bytes_ = row.time_over(adamw), row.bytes / adamw.bytes
-        moved = f", {bytes_:.2f}× the bytes" if bytes_ > 1 else ""
-        bars.append(Bar(row.method, time, f"{time:.2f}×{moved}", _color(row)))
-    _bars(axes, bars, line=1, room=1.7)
+    drawn = []
+    for name, label, heading in bars:
+        if row := results.find(workload, name):
+            time, bytes_ = row.time_over(adamw), row.bytes / adamw.bytes
+            text = f"{time:.2f}×"
+            if bytes_ != 1 and row.maker != "separate":  # whose passes move more than they must
+                text += f", {bytes_:.2f}× the bytes"
+            drawn.append(Bar(label, time, text, _color(row), heading))
+    _bars(axes, drawn, line=1, room=1.7)
 
 
 def _papers(axes: Axes, results: Results) -> None:
@@ -186,6 +226,8 @@ def _panels(results: Results) -> tuple[Callable[[Axes, Results], None], ...]:
         return (
             partial(_memory, workload="1G"),
             _models_on_gpu,
+            partial(_storage, workload="1G-whole"),
+            partial(_whole, workload="1G-whole"),
             partial(_decays, workload="1G"),
             _papers,
             partial(_small, workloads=("10000x64", "200x1M", "10x16M", "gpt2")),
@@ -194,6 +236,8 @@ def _panels(results: Results) -> tuple[Callable[[Axes, Results], None], ...]:
     return (
         partial(_memory, workload="32M"),
         _models,
+        partial(_storage, workload="gpt2-whole"),
+        partial(_whole, workload="gpt2-whole"),
         partial(_decays, workload="gpt2"),
         _papers,
         partial(_small, workloads=("300x256", "1000x16", "1000x256", "10000x64")),
@@ -244,7 +288,7 @@ def _bars(axes: Axes, bars: Iterable[Bar], line: float | None = None, room: floa
         axes.barh(y, bar.beyond, left=bar.value, color=LIGHT[bar.color], height=0.74)
         # Where a bar ends just short of the line, its label stands beyond it.
         end = line if line and 0.8 * line < bar.value < line else bar.value + bar.beyond
-        _note(axes, bar.text, (end, y), (5, 0), va="center")
+        _note(axes, bar.text, (end, y), (5, 0), va="center", bbox=BEFORE_LINES)
     axes.set_yticks(range(len(labels)), labels)
     headings = {bar.heading for bar in bars}
     for label in axes.get_yticklabels():

@@ -69,7 +69,7 @@ def _cases(config: pytest.Config) -> dict[str, Case]:
         for workload in workloads
         for groups in workload.groups
         for contender in contenders(device)
-        if contender.maker not in workload.without
+        if workload.part in contender.parts and contender.maker not in workload.without
         if groups == 1 or contender.method != "limit"  # memory knows no groups
     )
     return {str(case): case for case in cases}

@@ -13,18 +13,31 @@ from typing import Any
 import torch
 
 import wdkernels as wd
-from bench import limit, papers
+from bench import limit, papers, separate
+from bench.workloads import DECAYS, WHOLE
 
 Groups = list[dict[str, Any]]
+BOTH = (DECAYS, WHOLE)
 
 ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+MAX_NORM = 1.0  # far less than the gradients have: they are clipped in each step
+EMA_DECAY = 0.999
+NOW_AND_THEN = 10  # so many-th steps are measured
 
-# Bytes that a step must move per float32 element, however it is programmed: each stream that it
-# needs is read once, and written once if it changes.
+# Bytes that a step must move per element, however it is programmed: each stream that it needs is
+# read once, and written once if it changes.
 PLAIN = 28  # w, g, m, v read; w, m, v written
 ANCHOR = 4  # read
 AMSGRAD = 8  # the largest v, read and written
 NORM = 4  # g read once more, because a sum over all gradients is needed before the first write
+EMA = 8  # read and written
+# Telemetry adds nothing: its sums are of what the step reads.
+
+# With weights and gradients in bfloat16:
+BF16 = 22  # w and g in 2 bytes each, m and v in 4
+KAHAN = 4  # what rounding lost of w, in 2 bytes, read and written
+MASTER = 6  # read and written in 4 bytes, instead of w, which is written only
+BF16_MOMENTS = -8  # m and v in 2 bytes each
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,8 @@ class Contender:
     # step moves again for those that fired is not counted, for it may come from the cache.
     fires: bool = False
     every: int = 1  # takes part in every so many-th round; the slow ones need not be in each
+    dtype: torch.dtype = torch.float32  # of weights and gradients
+    parts: tuple[str, ...] = (DECAYS,)  # those of the comparison that it belongs to
     look_up: Callable[[Any], None] = lambda optimizer: None  # done before the clock starts
 
     @property
@@ -46,8 +61,20 @@ class Contender:
 
 
 def contenders(device: torch.device) -> list[Contender]:
-    ours = _ours() if device.type == "cpu" else [*_ours("native"), *_ours_in_triton()]
-    return [*_limit(device), *ours, *_torch(), *_apex(device), *_deepspeed(device), *_eager()]
+    on_cpu = device.type == "cpu"
+    backend = "auto" if on_cpu else "native"
+    return [
+        *_limit(device),
+        *_ours(backend),
+        *_ours_in_bf16(backend),
+        *_our_whole_steps(backend),
+        *([] if on_cpu else _ours_in_triton()),
+        *_torch(),
+        *_apex(device),
+        *_deepspeed(device),
+        *_separate(),
+        *_eager(),
+    ]
 
 
 def _contender(
@@ -55,29 +82,41 @@ def _contender(
     method: str,
     factory: Any,
     *,
+    dtype: torch.dtype = torch.float32,
     more: int = 0,
     fires: bool = False,
     every: int = 1,
+    parts: tuple[str, ...] = (DECAYS,),
     **options: Any,
 ) -> Contender:
-    build = partial(factory, **{**ADAM, **options})
-    return Contender(maker, method, build, PLAIN + more, fires=fires, every=every)
+    return Contender(
+        maker,
+        method,
+        partial(factory, **{**ADAM, **options}),
+        (PLAIN if dtype == torch.float32 else BF16) + more,
+        fires=fires,
+        every=every,
+        dtype=dtype,
+        parts=parts,
+    )
 
 
 def _limit(device: torch.device) -> list[Contender]:
     if device.type != "cpu":
-        return [Contender("memory", "limit", limit.Copy, total_bytes=limit.Copy.BYTES)]
+        total = limit.Copy.BYTES
+        return [Contender("memory", "limit", limit.Copy, total_bytes=total, parts=BOTH)]
     if limit.compiler() is None:
         return []
-    return [Contender("memory", "limit", limit.Stream, look_up=limit.Stream.look_up)]
+    look_up = limit.Stream.look_up
+    return [Contender("memory", "limit", limit.Stream, look_up=look_up, parts=BOTH)]
 
 
-def _ours(backend: str = "auto") -> list[Contender]:
+def _ours(backend: str) -> list[Contender]:
     ours = partial(_contender, "wdkernels", backend=backend)
     adamw = partial(ours, factory=wd.AdamW)
     spd = partial(ours, factory=wd.AdamSPD, weight_decay=1.0)
     return [
-        adamw("AdamW"),
+        adamw("AdamW", parts=BOTH),
         adamw("AdamW schedule", decay_schedule=wd.schedules.cosine(1.0, 0.5, steps=1000)),
         adamw("AdamW relative_lr", decay_scale="relative_lr", weight_decay=1e-5),
         adamw("AdamW corrected", decay_scale="corrected"),
@@ -95,11 +134,43 @@ def _ours(backend: str = "auto") -> list[Contender]:
     ]
 
 
-def _ours_in_triton() -> list[Contender]:
-    ours = partial(_contender, "wdkernels triton", backend="triton")
-    spd = partial(ours, factory=wd.AdamSPD, weight_decay=1.0, more=ANCHOR)
+def _ours_in_bf16(backend: str, maker: str = "wdkernels") -> list[Contender]:
+    """Moments are float32, where nothing else is said, and weights rounded stochastically."""
+    adamw = partial(_contender, maker, factory=wd.AdamW, backend=backend, parts=(WHOLE,))
+    bf16 = partial(adamw, dtype=torch.bfloat16)
     return [
-        ours("AdamW", wd.AdamW),
+        bf16("AdamW bf16"),
+        bf16("AdamW bf16 kahan", rounding="kahan", more=KAHAN),
+        bf16("AdamW bf16 nearest", rounding="nearest"),
+        bf16("AdamW bf16 master_weights", master_weights=True, more=MASTER),
+        bf16("AdamW bf16 moments", moment_dtype=torch.bfloat16, more=BF16_MOMENTS),
+    ]
+
+
+def _our_whole_steps(backend: str, maker: str = "wdkernels") -> list[Contender]:
+    """*All* is clipping, averaging and telemetry, now and then or, *measured*, in each step."""
+    adamw = partial(_contender, maker, factory=wd.AdamW, backend=backend, parts=(WHOLE,))
+    clip = partial(adamw, max_grad_norm=MAX_NORM)
+    both = partial(clip, ema_decay=EMA_DECAY, more=NORM + EMA)
+    return [
+        clip("AdamW clip", more=NORM),
+        adamw("AdamW EMA", ema_decay=EMA_DECAY, more=EMA),
+        both("AdamW clip + EMA"),
+        adamw("AdamW telemetry", telemetry_every=1),
+        both("AdamW all", telemetry_every=NOW_AND_THEN),
+        both("AdamW all, measured", telemetry_every=1),
+    ]
+
+
+def _ours_in_triton() -> list[Contender]:
+    maker, backend = "wdkernels triton", "triton"
+    ours = partial(_contender, maker, backend=backend)
+    spd = partial(ours, factory=wd.AdamSPD, weight_decay=1.0, more=ANCHOR)
+    wholes = {each.method: each for each in _our_whole_steps(backend, maker)}
+    return [
+        ours("AdamW", wd.AdamW, parts=BOTH),
+        _ours_in_bf16(backend, maker)[0],
+        *(wholes[method] for method in ("AdamW all", "AdamW all, measured")),
         ours("AdamSWD", wd.AdamSWD, more=NORM),
         spd("AdamSPD fires", fires=True),
         spd("AdamSPD rests"),
@@ -109,7 +180,15 @@ def _ours_in_triton() -> list[Contender]:
 def _torch() -> list[Contender]:
     adamw = partial(_contender, method="AdamW", factory=torch.optim.AdamW)
     return [
-        adamw("torch fused", fused=True),
+        adamw("torch fused", fused=True, parts=BOTH),
+        adamw(
+            "torch fused",
+            method="AdamW bf16",  # moments have the weights' type in torch
+            dtype=torch.bfloat16,
+            fused=True,
+            more=BF16_MOMENTS,
+            parts=(WHOLE,),
+        ),
         adamw("torch foreach", foreach=True, every=4),
         adamw("torch single", foreach=False, every=4),
         adamw("torch fused", method="AdamW amsgrad", fused=True, amsgrad=True, more=AMSGRAD),
@@ -125,7 +204,7 @@ def _apex(device: torch.device) -> list[Contender]:
     def build(params: Groups, **options: Any) -> Any:
         return import_module("apex.optimizers").FusedAdam(params, adam_w_mode=True, **options)
 
-    return [_contender("apex", "AdamW", build)]
+    return [_contender("apex", "AdamW", build, parts=BOTH)]
 
 
 def _deepspeed(device: torch.device) -> list[Contender]:
@@ -138,10 +217,31 @@ def _deepspeed(device: torch.device) -> list[Contender]:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and says so
         module = import_module("deepspeed.ops.adam")
         if device.type == "cpu":
-            return module.DeepSpeedCPUAdam(params, adamw_mode=True, **options)
+            # Moments in float32, whatever the type of the weights.
+            more = {"adamw_mode": True, "fp32_optimizer_states": True}
+            return module.DeepSpeedCPUAdam(params, **more, **options)
         return module.FusedAdam(params, adam_w_mode=True, **options)
 
-    return [_contender("DeepSpeed", "AdamW", build)]
+    adamw = partial(_contender, "DeepSpeed", factory=build)
+    on_cpu = device.type == "cpu"
+    return [
+        adamw("AdamW", parts=BOTH),
+        *([adamw("AdamW bf16", dtype=torch.bfloat16, parts=(WHOLE,))] if on_cpu else []),
+    ]
+
+
+def _separate() -> list[Contender]:
+    """Bytes are those of the method, not of these passes, which move more."""
+    clip = partial(
+        _contender, "separate", factory=separate.AdamW, max_grad_norm=MAX_NORM, parts=(WHOLE,)
+    )
+    both = partial(clip, ema_decay=EMA_DECAY, more=NORM + EMA)
+    return [
+        clip("AdamW clip", more=NORM),
+        both("AdamW clip + EMA"),
+        both("AdamW all", norms_every=NOW_AND_THEN),
+        both("AdamW all, measured", norms_every=1),
+    ]
 
 
 def _eager() -> list[Contender]:

@@ -29,8 +29,10 @@ within rounds; those in a column that does not say wall are of kernel times."""
 NOTES = """
 **GB/s** counts the bytes that a step of the method must move, however it is programmed: 28 per
 float32 element for AdamW (weights, gradient and two moments read, all but the gradient written), 4
-more for an anchor, 8 more for amsgrad, 4 more for AdamSWD, which needs the sum over all gradients
-before it writes.
+more for an anchor, 8 more for amsgrad, 4 more for AdamSWD and for clipping, which need the sum over
+all gradients before they write, 8 more for an average of the weights, none for telemetry. With
+weights and gradients in bfloat16 it is 22, where moments are float32, and 14, where they are
+bfloat16; 4 more for what *kahan* keeps, 6 more for *master_weights*.
 **Of limit** is the share of the GB/s of {limit}
 (bench/limit.py).
 **Over fused** is the speed over that of torch.optim.AdamW(fused=True), whatever the method{groups}.
@@ -38,7 +40,15 @@ before it writes.
 *wdkernels* is this project, *eager* its formulas in plain PyTorch, *paper* the papers' formulas in
 the style of research code (bench/papers.py). AdamSPD *fires* where each step's decay fires for
 every tensor, and *rests* where for none; *zero* is an anchor at zero instead of the initial
-weights."""
+weights.
+
+*bf16* is wdkernels' default there, float32 moments and stochastic rounding; DeepSpeed has float32
+moments too and torch has bfloat16 ones, both round to the nearest. *Clip* is clipping of the
+global norm, *EMA* an average of the weights, *telemetry* each step measured; *all* is the three of
+them with every tenth step measured, so that a median is that of a step which is not, and *all,
+measured* with each. *Separate* does the same with torch's own functions, one after the other:
+clip_grad_norm_, fused AdamW, _foreach_lerp_, and of telemetry no more than the norms of weights and
+gradients (bench/separate.py)."""
 LOOP = "a loop that moves the streams of AdamW with one addition each"
 COPY = "a copy of two gigabytes within its memory, bytes read plus written"
 GROUPS = """, and

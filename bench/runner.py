@@ -117,54 +117,64 @@ def _measure(
     arena.check()
 
 
+class Weights:
+    """The weights in one type, and the gradients they get."""
+
+    def __init__(self, start: list[Tensor], dtype: torch.dtype) -> None:
+        self.params = [w.to(dtype, copy=True).requires_grad_() for w in start]
+        # The weights are driven away from zero and from where they started. There SPD rests.
+        # Where a faint gradient points back, the step, which follows the momentum, still goes
+        # outward: away from the anchor and up the gradient, and SPD fires.
+        self.outward = [-p.detach() for p in self.params]
+        self.back = [-1e-6 * g for g in self.outward]
+
+
 class Arena:
     """The memory that all contenders work on.
 
-    Weights, gradients and state are shared: nobody has the better pages, and a large workload needs
-    no more memory for thirty contenders than for one.
+    Weights, gradients and state of a type are shared: nobody has the better pages, and a large
+    workload needs no more memory for thirty contenders than for one.
     """
 
     def __init__(self, workload: Workload, device: torch.device, clock: Clock) -> None:
         generator = torch.Generator(device).manual_seed(0)
         self._clock = clock
-        self._params = [
-            torch.randn(shape, generator=generator, device=device).requires_grad_()
-            for shape in workload.shapes
+        start = [
+            torch.randn(shape, generator=generator, device=device) for shape in workload.shapes
         ]
-        # The weights are driven away from zero and from where they started. There SPD rests.
-        # Where a faint gradient points back, the step, which follows the momentum, still goes
-        # outward: away from the anchor and up the gradient, and SPD fires.
-        self._outward = [-p.detach() for p in self._params]
-        self._back = [-1e-6 * g for g in self._outward]
-        self._state: dict[tuple[int, str], Tensor] = {}
+        self._weights = {torch.float32: Weights(start, torch.float32)}
+        self._state: dict[tuple[int, str, torch.dtype], Tensor] = {}
 
     def warm_up(self, case: Case) -> Entrant:
         """The optimizer, on the shared state."""
-        groups = [{"params": self._params[k :: case.groups]} for k in range(case.groups)]
+        weights = self._of_type(case.contender.dtype)
+        groups = [{"params": weights.params[k :: case.groups]} for k in range(case.groups)]
         optimizer = case.contender.build(groups)
         for _ in range(WARM_UP):
-            self._prepare(case.contender, optimizer, self._outward)
+            self._prepare(case.contender, optimizer, weights.outward)
             self._clock.wait()
             start = time.perf_counter()
             optimizer.step()
             host = time.perf_counter() - start
-            self._share_state(optimizer)
+            self._share_state(optimizer, weights.params)
         return Entrant(optimizer, _lead(host))
 
     def set_out(self) -> None:
         """Momentum outward, whoever's turn came before."""
-        for (index, name), value in self._state.items():
+        outward = self._weights[torch.float32].outward
+        for (index, name, _), value in self._state.items():
             if name == "exp_avg":
-                value.copy_(self._outward[index])
+                value.copy_(outward[index])
 
     def turn(self, case: Case, entrant: Entrant, number: int, record: Record) -> None:
         """On a GPU, two steps: one for its clock and one for the host's."""
         step = entrant.optimizer.step
+        weights = self._of_type(case.contender.dtype)
         prepare = partial(
             self._prepare,
             case.contender,
             entrant.optimizer,
-            self._back if case.contender.fires else self._outward,
+            weights.back if case.contender.fires else weights.outward,
         )
         for _ in range(case.workload.untimed):
             prepare()
@@ -178,22 +188,30 @@ class Arena:
         entrant.lead = min(entrant.lead, _lead(wall))
 
     def check(self) -> None:
-        if not all(p.isfinite().all() for p in self._params):
-            raise RuntimeError("the weights are no longer finite: these timings mean nothing")
+        for weights in self._weights.values():
+            if not all(p.isfinite().all() for p in weights.params):
+                raise RuntimeError("the weights are no longer finite: these timings mean nothing")
+
+    def _of_type(self, dtype: torch.dtype) -> Weights:
+        if dtype not in self._weights:
+            start = [-outward for outward in self._weights[torch.float32].outward]
+            self._weights[dtype] = Weights(start, dtype)
+        return self._weights[dtype]
 
     def _prepare(self, contender: Contender, optimizer: Any, gradients: list[Tensor]) -> None:
         # Gradients as training makes them: in fresh memory, and not yet known to Python.
-        for p in self._params:
-            p.grad = None
-        torch.autograd.backward(self._params, gradients)
+        for weights in self._weights.values():
+            for p in weights.params:
+                p.grad = None
+        torch.autograd.backward(self._weights[contender.dtype].params, gradients)
         contender.look_up(optimizer)
 
-    def _share_state(self, optimizer: Any) -> None:
-        for index, p in enumerate(self._params):
+    def _share_state(self, optimizer: Any, params: list[Tensor]) -> None:
+        for index, p in enumerate(params):
             state = optimizer.state[p]
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.shape == p.shape:
-                    state[name] = self._state.setdefault((index, name), value)
+                    state[name] = self._state.setdefault((index, name, value.dtype), value)
 
 
 class ProgressBar:

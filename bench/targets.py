@@ -20,7 +20,10 @@ PLAIN_DECAYS = (
 )
 LARGE = ("32M", "gpt2", "resnet50")
 LARGE_ON_GPU = ("1G", "10x16M", "200x1M", "gpt2", "resnet50", "llama3-8b")
+WHOLE = ("32M-whole", "gpt2-whole", "resnet50-whole")
+WHOLE_ON_GPU = ("1G-whole", "gpt2-whole", "resnet50-whole")
 ADAMW, SWD, SPD = "wdkernels AdamW", "wdkernels AdamSWD", "wdkernels AdamSPD"
+BF16, ALL, MEASURED = f"{ADAMW} bf16", f"{ADAMW} all", f"{ADAMW} all, measured"
 
 
 class Target(NamedTuple):
@@ -104,6 +107,19 @@ ON_CPU = (
         "paper AdamSPD fires",
         f"{SPD} fires",
     ),
+    Target("AdamW bf16: time over float32", "≤", 1, WHOLE, BF16, ADAMW),
+    Target("AdamW bf16: speed over DeepSpeedCPUAdam", "≥", 3, WHOLE, "DeepSpeed AdamW bf16", BF16),
+    Target("AdamW all: time over AdamW", "≤", 1.5, WHOLE, ALL, ADAMW),
+    Target("AdamW all: speed over separate passes", "≥", 1.6, WHOLE, "separate AdamW all", ALL),
+    Target("AdamW all, measured: time over AdamW", "≤", None, WHOLE, MEASURED, ADAMW),
+    Target(
+        "AdamW all, measured: speed over separate passes",
+        "≥",
+        1.6,
+        WHOLE,
+        "separate AdamW all, measured",
+        MEASURED,
+    ),
 )
 
 TRITON = "wdkernels triton"
@@ -143,4 +159,23 @@ ON_GPU = (
         f"{SPD} rests",
     ),
     Target("AdamW: time in Triton over native", "≤", None, LARGE_ON_GPU, f"{TRITON} AdamW", ADAMW),
+    Target(
+        "AdamW bf16: bytes per second over a copy's",
+        "≥",
+        0.9,
+        WHOLE_ON_GPU,
+        "memory limit",
+        BF16,
+        per_byte=True,
+    ),
+    Target("AdamW all: time over AdamW", "≤", 1.45, WHOLE_ON_GPU, ALL, ADAMW),
+    Target("AdamW all, measured: time over AdamW", "≤", 1.45, WHOLE_ON_GPU, MEASURED, ADAMW),
+    Target(
+        "AdamW all, measured: speed over separate passes",
+        "≥",
+        None,
+        WHOLE_ON_GPU,
+        "separate AdamW all, measured",
+        MEASURED,
+    ),
 )

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Shape = tuple[int, ...]
+
+# The parts of the comparison. Each has plain AdamW and the limit in its own rounds, so that ratios
+# are taken within these and no round becomes so long that the machine changes meanwhile.
+DECAYS = "decays"  # AdamW by everybody, and every decay
+WHOLE = "whole step"  # 16-bit storage, clipping, averages, telemetry
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class Workload:
     # hold what they hold in training: this optimizer's objects, not those of eighty others.
     untimed: int = 0
     without: tuple[str, ...] = ()  # makers whose one step would take what the others' rounds take
+    part: str = DECAYS
 
     @property
     def numel(self) -> int:
@@ -91,10 +97,24 @@ def _many(count: int, numel: int, groups: tuple[int, ...] = (1,)) -> Workload:
     return Workload(name, title, ((numel,),) * count, groups, untimed=1)
 
 
+def _whole(workload: Workload, seconds: float) -> Workload:
+    """The same tensors, for the other part of the comparison."""
+    return replace(
+        workload,
+        name=f"{workload.name}-whole",
+        title=f"{workload.title}, {WHOLE}",
+        seconds=seconds,
+        part=WHOLE,
+    )
+
+
+_LARGE = Workload("32M", "one tensor of 32M", ((1 << 25,),), seconds=50)
+_GPT2 = Workload("gpt2", "GPT-2 124M", tuple(_gpt2()), seconds=100)
+_RESNET50 = Workload("resnet50", "ResNet-50", tuple(_resnet50()), seconds=50)
+
 FULL: tuple[Workload, ...] = (
-    Workload("32M", "one tensor of 32M", ((1 << 25,),), seconds=80),
-    Workload("gpt2", "GPT-2 124M", tuple(_gpt2()), seconds=150),
-    Workload("resnet50", "ResNet-50", tuple(_resnet50()), seconds=80),
+    *(_LARGE, _GPT2, _RESNET50),
+    *(_whole(_LARGE, 30), _whole(_GPT2, 50), _whole(_RESNET50, 20)),
     _many(300, 256),
     _many(10000, 64),
     _many(1000, 16, groups=(1, 10, 100)),
@@ -106,22 +126,27 @@ MI = 1 << 20
 
 def on_gpu(memory: int) -> tuple[Workload, ...]:
     """For a GPU with so many bytes to use, the most telling ones first; about three minutes."""
-    models = (
-        Workload("gpt2", "GPT-2 124M", tuple(_gpt2()), seconds=14),
-        Workload("resnet50", "ResNet-50", tuple(_resnet50()), seconds=10),
-    )
+    large = Workload("1G", "one tensor of 1G", ((1 << 30,),), seconds=20, rounds=8)
+    gpt2, resnet50 = replace(_GPT2, seconds=12), replace(_RESNET50, seconds=8)
     small = Workload("10000x64", "10,000 × 64", ((64,),) * 10000, (1,), 30, 8, without=("eager",))
     return (
-        Workload("1G", "one tensor of 1G", ((1 << 30,),), seconds=25, rounds=8),
+        large,
+        _whole(large, 12),
         small,
-        *models,
-        Workload("200x1M", "200 × 1M", ((MI,),) * 200, seconds=10),
-        Workload("10x16M", "10 × 16M", ((16 * MI,),) * 10, seconds=10),
+        gpt2,
+        resnet50,
+        _whole(gpt2, 8),
+        _whole(resnet50, 5),
+        Workload("200x1M", "200 × 1M", ((MI,),) * 200, seconds=8),
+        Workload("10x16M", "10 × 16M", ((16 * MI,),) * 10, seconds=8),
         *_llama(memory),
     )
 
 
+_SMALL = Workload("1M", "one tensor of 1M", ((1 << 20,),), seconds=2, rounds=4)
+
 QUICK: tuple[Workload, ...] = (
-    Workload("1M", "one tensor of 1M", ((1 << 20,),), seconds=2, rounds=4),
+    _SMALL,
+    _whole(_SMALL, 2),
     Workload("100x256", "100 × 256", ((256,),) * 100, (1, 10), seconds=2, rounds=4, untimed=1),
 )

@@ -21,7 +21,7 @@ from bench.clock import Clock
 from bench.contenders import Contender, contenders
 from bench.results import Absence, Results, Row
 from bench.runner import OUT_OF_MEMORY, Case, measure
-from bench.workloads import Workload, llama_layers, on_gpu
+from bench.workloads import DECAYS, WHOLE, Workload, llama_layers, on_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -82,6 +82,36 @@ def test_contenders_on_a_gpu() -> None:
     assert Case(SMALL, everyone["wdkernels AdamW"], 1).bytes == 28 * SMALL.numel
 
 
+def test_bytes_per_element_of_the_whole_step() -> None:
+    by_method = {c.method: c.bytes for c in contenders(CUDA) if c.maker == "wdkernels"}
+    # Weights, gradient, m and v read, all but the gradient written; and whatever else is kept.
+    w, g, m, v = 2, 2, 4, 4
+    bf16 = 2 * w + g + 2 * m + 2 * v
+    assert by_method["AdamW bf16"] == by_method["AdamW bf16 nearest"] == bf16
+    assert by_method["AdamW bf16 kahan"] == bf16 + 2 * 2
+    assert by_method["AdamW bf16 master_weights"] == bf16 - w + 2 * 4
+    assert by_method["AdamW bf16 moments"] == 2 * w + g + 2 * 2 + 2 * 2
+    assert by_method["AdamW telemetry"] == by_method["AdamW"] == 28
+    assert by_method["AdamW clip"] == 28 + 4
+    assert by_method["AdamW EMA"] == 28 + 2 * 4
+    assert by_method["AdamW all"] == by_method["AdamW all, measured"] == 28 + 4 + 2 * 4
+    assert {c.bytes for c in contenders(CUDA) if c.name == "torch fused AdamW bf16"} == {14}
+
+
+def test_both_parts_of_the_comparison_have_what_ratios_are_taken_of() -> None:
+    for part in (DECAYS, WHOLE):
+        names = {c.name for c in contenders(CUDA) if part in c.parts}
+        assert {"memory limit", "wdkernels AdamW", "torch fused AdamW"} <= names
+    for target in (*targets.ON_CPU, *targets.ON_GPU):
+        for workload in target.workloads:
+            part = WHOLE if workload.endswith("-whole") else DECAYS
+            names = {c.name for c in contenders(CUDA) if part in c.parts}
+            asked = [target.time] if isinstance(target.time, str) else target.time
+            for name in (*asked, *([target.over] if target.over else [])):
+                name = name.partition(" (")[0]
+                assert name in names or name.startswith("DeepSpeed"), name
+
+
 # ---- how -----------------------------------------------------------------------------------------
 
 
@@ -102,6 +132,34 @@ def test_a_turn_is_timed_by_both_clocks() -> None:
         assert list(record.seconds) == list(record.kernel_seconds) == [0, 1, 2]
     assert len(clock.leads) == 6
     assert all(0 < lead <= 0.05 for lead in clock.leads)
+
+
+def test_weights_of_each_type_are_shared() -> None:
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def watched(each: Contender) -> Contender:
+        def build(groups: Any) -> Any:
+            optimizer = each.build(groups)
+            seen[each.name] = [p for group in optimizer.param_groups for p in group["params"]]
+            return optimizer
+
+        return replace(each, build=build)
+
+    kinds = ("torch fused AdamW", "separate AdamW all")
+    kinds += ("wdkernels AdamW bf16", "wdkernels AdamW bf16 kahan", "torch fused AdamW bf16")
+    made = {c.name: c for c in contenders(CPU)}
+    records = measured([Case(SMALL, watched(made[name]), 1) for name in kinds])
+    for name, record in records.items():
+        assert not record.trace, record.trace
+        assert list(record.seconds) == [0, 1, 2], name
+    single, *_, half = (seen[name] for name in kinds)
+    assert {p.dtype for p in single} == {torch.float32}
+    assert {p.dtype for p in half} == {torch.bfloat16}
+    for name in kinds:
+        others = half if name.endswith(("bf16", "kahan")) else single
+        assert all(p is other for p, other in zip(seen[name], others, strict=True))
+    # Gradients of one type at a time, as memory is counted.
+    assert {p.grad is None for p in single} ^ {p.grad is None for p in half} == {True, False}
 
 
 def test_one_clock_where_there_is_no_gpu() -> None:
@@ -224,6 +282,7 @@ def test_names_of_files() -> None:
 def test_a_whole_run_as_pytest_benchmark_hands_it_over(tmp_path: Path) -> None:
     names = ("memory limit", "wdkernels AdamW", "wdkernels triton AdamW", "torch fused AdamW")
     names += ("wdkernels AdamSWD", "wdkernels AdamSPD rests", "paper AdamSWD")
+    names += ("wdkernels AdamW bf16", "wdkernels AdamW all", "separate AdamW all")
     cases = named(*names)
     records = measure(cases, CPU, Console(quiet=True), TwoClocks())
     assert not any(record.trace for record in records.values())
@@ -241,14 +300,14 @@ def test_a_whole_run_as_pytest_benchmark_hands_it_over(tmp_path: Path) -> None:
                 "kernel_seconds": list(record.kernel_seconds.values()),
             },
         }
-        for name in ("1G", "10000x64", "gpt2")
+        for name in ("1G", "1G-whole", "10000x64", "gpt2")
         for case, record in records.items()
     ]
     commit = {"id": "0123456789abcdef", "dirty": False}
     whole = {"commit_info": commit, "machine_info": MACHINE, "datetime": "2026-01-02T03:04:05"}
     found = Results.of({**whole, "benchmarks": benchmarks})
     assert found.on_gpu
-    assert len(found.rows) == 3 * len(cases)
+    assert len(found.rows) == 4 * len(cases)
     chart.draw(found, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
     report.to_markdown(found, "x.png")
