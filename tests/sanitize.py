@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-from variants import VARIANTS, gradient, random
+from variants import METHODS, STORAGE, VARIANTS, Variant, gradient, random
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 FOUND = 86  # the exit status that stands for findings
@@ -32,6 +32,19 @@ LINES = 60  # of a report: the first findings, for the others repeat them
 # Many elements, so that several blocks meet; ends that fill no vector; views at odd addresses.
 SIZES = (40_000, 3001, 7, 1, 0)
 STEPS = 3
+WATCHED_STEPS = [
+    *((variant, [torch.float32, torch.float64], {}) for variant in VARIANTS),
+    # Storage, and all that a step as a whole may be asked for: every second one is skipped.
+    *(
+        (
+            Variant(METHODS[(k + shift) % len(METHODS)], options, anchored=bool(shift)),
+            dtypes,
+            {"max_grad_norm": 1.0, "skip_nonfinite": True, "telemetry_every": 1, "ema_decay": 0.5},
+        )
+        for k, (dtypes, options) in enumerate(STORAGE)
+        for shift in (0, 3)
+    ),
+]
 
 
 # ---- what is watched -----------------------------------------------------------------------------
@@ -41,18 +54,21 @@ def train(device: str) -> None:
     # On a GPU the first kernel is torch's: what fails here is not ours.
     assert torch.ones(3).to(device).add(1).sum().item() == 6
     print(WATCHED, flush=True)
-    for variant in VARIANTS:
+    for variant, dtypes, whole in WATCHED_STEPS:
         params = [
             odd(random(n, seed=i, dtype=dtype).to(device), i)
-            for dtype in (torch.float32, torch.float64)
+            for dtype in dtypes
             for i, n in enumerate(SIZES)
         ]
         params.append(random(30, 21, seed=9, dtype=torch.float32).to(device)[:, 3:])
-        optimizer = variant.build(params, "native")
+        optimizer = variant.build(params, "native", **{**whole, **variant.options})
         for t in range(STEPS):
             for i, p in enumerate(params):
                 g = gradient(p, i, t)
                 p.grad = None if g is None else g.to(device)
+            if whole:
+                optimizer.grad_scale = torch.tensor(2.0).to(device)
+                optimizer.found_inf = torch.tensor(float(t % 2)).to(device)
             optimizer.step()
         assert all(p.isfinite().all() for p in params), variant
     print(DONE, flush=True)

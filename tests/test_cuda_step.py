@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from variants import (
     METHODS,
+    NARROW,
+    STORAGE,
     VARIANTS,
     Variant,
     assert_same_bits,
@@ -40,7 +42,6 @@ ELEMENTWISE = [i for i, v in enumerate(VARIANTS) if v.method not in REDUCING]
 # Whole vectors and a rest; one element; none; two chunks and a rest.
 SHAPES = [(3, 5), (), (1000,), (7,), (0, 3), (2 * 2048 + 5,)]
 DTYPES = [torch.float32, torch.float64]
-NARROW = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture
@@ -163,23 +164,6 @@ def test_streams_that_are_not_aligned(
     assert_same_bits(trained(0), trained(1))
 
 
-# Of every way to store, all types in one optimizer.
-STORAGE: list[tuple[list[torch.dtype], dict[str, Any]]] = [
-    ([*NARROW, *DTYPES], {"seed": 7}),
-    ([*NARROW, torch.float64], {"rounding": "nearest", "ema_decay": 0.75}),
-    ([*NARROW, torch.float32], {"rounding": "kahan"}),
-    ([*NARROW, torch.float32], {"rounding": "kahan", "moment_dtype": torch.bfloat16, "seed": 1}),
-    ([*NARROW, torch.float64], {"master_weights": True}),
-    (
-        [*NARROW, torch.float32],
-        {
-            "master_weights": True,
-            "moment_dtype": torch.bfloat16,
-            "ema_decay": wd.schedules.cosine(0.25, 1.0, steps=3),
-        },
-    ),
-    ([*NARROW, torch.float32], {"moment_dtype": torch.bfloat16, "ema_decay": 0.75, "seed": 2}),
-]
 OF_STORAGE = pytest.mark.parametrize(
     ("dtypes", "options"), STORAGE, ids=lambda x: "-".join(x) if isinstance(x, dict) else ""
 )

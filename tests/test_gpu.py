@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from variants import (
     METHODS,
+    NARROW,
+    STORAGE,
     VARIANTS,
     WIDE,
     Variant,
@@ -110,6 +112,131 @@ def test_bits_are_those_of_the_cpu(index: int, backend: str) -> None:
     actual = run(lambda params: VARIANTS[index].build(params, backend), DTYPES)
     expected = run(lambda params: VARIANTS[index].build(params, "native"), DTYPES, device="cpu")
     assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize(("dtypes", "options"), STORAGE, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_storage(
+    method: str, dtypes: Sequence[torch.dtype], options: dict[str, Any], backend: str
+) -> None:
+    """The CPU's bits, but for what follows from the order of sums."""
+    variant = Variant(method, options, anchored=method in ("unmixed", "spd"))
+    actual = run(lambda params: variant.build(params, backend), dtypes)
+    expected = run(lambda params: variant.build(params, "native"), dtypes, device="cpu")
+    if method in REDUCING:
+        assert_almost_same(actual, expected)
+    else:
+        assert_same_bits(actual, expected)
+
+
+def assert_almost_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, x in actual.items():
+        y = expected[name]
+        scale = y.abs().max().item() if x.numel() else 0.0
+        eps = 1e-12 if x.dtype == torch.float64 else 2 * torch.finfo(x.dtype).eps
+        torch.testing.assert_close(x, y, rtol=0, atol=eps * scale, msg=name)
+        if x.dtype in NARROW:
+            assert (x != y).sum() <= 0.005 * x.numel(), name
+
+
+# The whole step: what a GradScaler hands over, clipping, skipping, an average, telemetry.
+CALLS = [0.0, 0.0, 1.0, 0.0, 1.0, 0.0]  # found_inf
+WHOLE: dict[str, Any] = {
+    "max_grad_norm": 0.5,
+    "skip_nonfinite": True,
+    "telemetry_every": 1,
+    "ema_decay": 0.75,
+    "rounding": "kahan",
+}
+
+
+def model(device: str, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    return [random(n, seed=n, dtype=d).to(device) for d in dtypes for n in (3000, 100_000, 7)]
+
+
+def prepare(params: Sequence[Tensor], t: int) -> None:
+    """Gradients, twice too large; where they are, if they are there."""
+    for i, p in enumerate(params):
+        g = (2 * random(p.numel(), seed=50 * t + i, dtype=p.dtype)).to(p.device)
+        p.grad = g if p.grad is None else p.grad.copy_(g)
+
+
+def whole_steps(method: str, chosen: str, device: str) -> tuple[dict[str, Tensor], list[Tensor]]:
+    params = model(device, [torch.bfloat16, torch.float32, torch.float64])
+    optimizer = Variant(method).build(params, chosen, **WHOLE)
+    optimizer.grad_scale = torch.tensor(2.0, device=device)
+    measured = []
+    for t, found_inf in enumerate(CALLS):
+        prepare(params, t)
+        optimizer.found_inf = torch.tensor(found_inf, device=device)
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error" if t > 1 else "default")
+        optimizer.step()
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        measured += [optimizer._measured[1], optimizer.grad_norm, optimizer.skipped_steps.double()]
+        measured[-1] = measured[-1].clone()
+    return snapshot(optimizer, params), measured
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_whole_step(method: str, backend: str, never_waits: None) -> None:
+    actual, measured = whole_steps(method, backend, "cuda")
+    expected, of_cpu = whole_steps(method, "native", "cpu")
+    assert_almost_same({name: x.cpu() for name, x in actual.items()}, expected)
+    assert measured[-1] == sum(CALLS)
+    for x, y in zip(measured, of_cpu, strict=True):
+        scale = y.abs().amax(0).clamp(min=1e-300)
+        torch.testing.assert_close(x.cpu() / scale, y / scale, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_graph_of_the_whole_step(method: str, backend: str) -> None:
+    """A replay skips what a step outside would skip."""
+    runs = []
+    for captured in (True, False):
+        params = model("cuda", [torch.bfloat16, torch.float32])
+        optimizer = Variant(method).build(params, backend, capturable=True, **WHOLE)
+        optimizer.grad_scale = torch.tensor(2.0, device="cuda")
+        optimizer.found_inf = torch.zeros((), device="cuda")
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for t in range(2):
+                prepare(params, t)
+                optimizer.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        for t in range(2, len(CALLS)):
+            prepare(params, t)
+            optimizer.found_inf.fill_(CALLS[t])
+            if captured:
+                graph.replay()
+            else:
+                optimizer.step()
+        torch.cuda.synchronize()
+        runs.append(snapshot(optimizer, params))
+        assert optimizer.skipped_steps == sum(CALLS)
+        assert optimizer.state[params[0]]["step"] == len(CALLS) - sum(CALLS)
+    assert_same_bits(*runs)
+
+
+def test_a_grad_scaler(backend: str) -> None:
+    """That finds an overflow: the step is skipped, the scale halved."""
+    w = torch.ones(1000, device="cuda", dtype=torch.float16)
+    optimizer = wd.AdamW([w], lr=0.1, backend=backend)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    for gradient_of_w in (1.0, float("inf"), 1.0):
+        loss = scaler.scale(torch.zeros((), device="cuda"))  # for the scaler to begin
+        w.grad = torch.full_like(w, gradient_of_w) * (loss * 0 + 1).half()
+        scaler.step(optimizer)
+        scaler.update()
+    assert optimizer.skipped_steps == 1
+    assert optimizer.state[w]["step"] == 2
+    assert scaler.get_scale() == 512.0
 
 
 @pytest.mark.parametrize("method", REDUCING)

@@ -88,6 +88,24 @@ PLAIN = [Variant(method) for method in METHODS]
 VARIANTS = [Variant(method, *options) for method in METHODS for options in _COMMON]
 VARIANTS += [Variant(method, *options) for method in ("decoupled", "swd") for options in _DECOUPLED]
 
+# Every way to store, with types that it is for, all of them in one optimizer.
+NARROW = [torch.bfloat16, torch.float16]
+STORAGE: list[tuple[list[torch.dtype], dict[str, Any]]] = [
+    ([*NARROW, torch.float32, torch.float64], {"seed": 7}),
+    ([*NARROW, torch.float64], {"rounding": "nearest", "ema_decay": 0.75}),
+    ([*NARROW, torch.float32], {"rounding": "kahan"}),
+    ([*NARROW, torch.float32], {"rounding": "kahan", "moment_dtype": torch.bfloat16, "seed": 1}),
+    ([*NARROW, torch.float64], {"master_weights": True}),
+    (
+        [*NARROW, torch.float32],
+        {
+            "master_weights": True,
+            "moment_dtype": torch.bfloat16,
+            "ema_decay": schedules.cosine(0.25, 1.0, steps=3),
+        },
+    ),
+    ([*NARROW, torch.float32], {"moment_dtype": torch.bfloat16, "ema_decay": 0.75, "seed": 2}),
+]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_method = pytest.mark.parametrize("variant", PLAIN, ids=str)
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
