@@ -218,6 +218,13 @@ def project(w, a, shrink):
 
 
 @triton.jit
+def kept_sum(kept, squares, one_minus_beta2):
+    """What has overflowed stays inf, as v."""
+    mean = lerp(kept, squares, one_minus_beta2)
+    return tl.where(mean == mean, mean, kept + squares)
+
+
+@triton.jit
 def stable_decay(decay, mean_square):
     return tl.where(mean_square == 0, 0.0, decay / tl.sqrt(mean_square))
 
@@ -791,12 +798,15 @@ def fold_kernel(rows, kept, firsts, exact, whole, partials, means):
     its place in `kept`) and a sum over the gradient replaces one over v."""
     i = tl.program_id(0).to(tl.int64)
     row = exact + tl.load(rows + i) * EXACT
-    sums = total(partials, tl.load(firsts + i), tl.load(firsts + i + 1), 1)
+    begin = tl.load(firsts + i)
+    end = tl.load(firsts + i + 1)
+    sums = total(partials, begin, end, 1)
     address = tl.load(kept + i)
     if address != 0:
         place = address.to(tl.pointer_type(tl.float64))
         scale = scale_of(whole)
-        sums = lerp(tl.load(place), scale * scale * sums, tl.load(row + ONE_MINUS_BETA2))
+        squares = tl.where(begin == end, 0.0, scale * scale * sums)  # were the scale NaN
+        sums = kept_sum(tl.load(place), squares, tl.load(row + ONE_MINUS_BETA2))
         tl.store(place, sums, proceeds(whole))
     tl.store(means + i, sums / tl.load(row + BIAS_CORRECTION2))
 
