@@ -726,6 +726,14 @@ Kernel chosen(const GpuWork& work, Kernel of_float, Kernel of_double, Kernel of_
   return work.measured ? of_double_measured : of_double;
 }
 
+// Kernels onto the device, which CUDA else does when they are first launched: the second launch of a
+// step must not fail for want of memory when the first has written.
+template <class... Kernels>
+void preload(Kernels... kernels) {
+  cudaFuncAttributes attributes;
+  (check(cudaFuncGetAttributes(&attributes, kernels), "loading a kernel"), ...);
+}
+
 }  // namespace
 
 namespace cuda {
@@ -772,6 +780,11 @@ std::string refusal(int device) {
 }
 
 int resident_blocks(int device) {
+  preload(prepare_kernel, reduce_kernel, tell_kernel);
+  preload(update_kernel<float, false>, update_kernel<float, true>, update_kernel<double, false>,
+          update_kernel<double, true>);
+  preload(project_kernel<float, false>, project_kernel<float, true>, project_kernel<double, false>,
+          project_kernel<double, true>);
   int processors = 0, blocks = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
         "asking for the number of multiprocessors");

@@ -27,6 +27,7 @@ from variants import METHODS, STORAGE, VARIANTS, Variant, gradient, random
 TOOLS = ("memcheck", "racecheck", "initcheck")
 FOUND = 86  # the exit status that stands for findings
 WATCHED, DONE = "the device answers", "all steps are done"
+LONGEST = 135  # seconds for a tool; `make gpu` gives all of them 150
 LINES = 60  # of a report: the first findings, for the others repeat them
 
 # Many elements, so that several blocks meet; ends that fill no vector; views at odd addresses.
@@ -101,9 +102,17 @@ def judged(tool: str) -> tuple[str, bool]:
     # Without torch's cache each tensor ends where its memory ends.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     start = time.monotonic()
-    run = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    try:
+        run = subprocess.run(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=LONGEST,
+        )
+    except subprocess.TimeoutExpired:
+        return f"{tool}: found nothing in {LONGEST} s, and was not done", True
     seconds, said = f"{time.monotonic() - start:.0f} s", excerpt(run.stdout)
     if WATCHED not in run.stdout:
         return f"{tool}: does not work here ({seconds})\n{said}", True
