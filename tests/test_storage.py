@@ -843,3 +843,68 @@ def test_a_checkpoint_that_lacks_a_part_of_the_weight_is_refused(mode: str, key:
     checkpoint["state"][0][key] = torch.ones(7)
     with pytest.raises(ValueError, match=f"{key} of parameter 0 of group 0 has shape"):
         optimizer.load_state_dict(checkpoint)
+
+
+# ---- states and weights that change between steps ------------------------------------------------
+
+
+@every_backend
+@pytest.mark.parametrize("options", [{"master_weights": True}, {"ema_decay": 0.5}], ids=str)
+@pytest.mark.parametrize("loaded", [True, False])
+def test_copies_are_of_the_weights_at_the_first_step(
+    backend: str, options: dict[str, Any], loaded: bool
+) -> None:
+    """A model's checkpoint may be loaded after its optimizer was made, or after its state was."""
+    w = torch.zeros(5, dtype=torch.bfloat16)
+    kept: dict[str, Any] = {} if loaded else {"anchor": [torch.ones(5, dtype=torch.bfloat16)]}
+    optimizer = wd.AdamW([w], lr=0.0, backend=backend, **options, **kept)
+    if loaded:
+        other = torch.zeros(5, dtype=torch.bfloat16)
+        other.grad = torch.zeros_like(other)
+        source = torch.optim.AdamW([other], lr=0.0)
+        source.step()
+        optimizer.load_state_dict(source.state_dict())
+    w.fill_(0.5)
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert (w == 0.5).all()
+    (key,) = {"master", "ema"} & optimizer.state[w].keys()
+    assert (optimizer.state[w][key] == 0.5).all()
+
+
+@every_backend
+def test_options_that_change_while_a_parameter_rests(backend: str) -> None:
+    """Its state follows, or the change is refused by its name, before it has a gradient again."""
+    a, b = (torch.ones(3, dtype=torch.bfloat16) for _ in range(2))
+    groups = [{"params": [p]} for p in (a, b)]
+    optimizer = wd.AdamW(groups, lr=0.1, backend=backend, rounding="kahan", ema_decay=0.5)
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    optimizer.step()
+    b.grad = None
+    optimizer.param_groups[1]["rounding"] = "nearest"
+    with pytest.raises(ValueError, match="parameter 0 of group 1 has compensation"):
+        optimizer.step()
+    optimizer.param_groups[1].update(rounding="kahan", ema_decay=None)
+    before = b.clone()
+    with optimizer.ema_weights():
+        assert torch.equal(b, before)
+    optimizer.step()
+    assert "ema" not in optimizer.state[b]
+    optimizer.param_groups[1].update(ema_decay=0.5, amsgrad=True)
+    optimizer.step()
+    assert torch.equal(optimizer.state[b]["ema"], b.float())
+
+
+@every_backend
+@pytest.mark.parametrize("mode", ["master", "kahan"])
+def test_a_state_of_16_bit_weights_in_a_float32_model(backend: str, mode: str) -> None:
+    narrow, wide = torch.ones(3, dtype=torch.bfloat16), torch.ones(3)
+    source = wd.AdamW([narrow], lr=0.1, **MODES[mode])
+    narrow.grad = torch.ones_like(narrow)
+    source.step()
+    optimizer = wd.AdamW([wide], lr=0.1, backend=backend)
+    optimizer.load_state_dict(source.state_dict())
+    wide.grad = torch.ones_like(wide)
+    optimizer.step()
+    assert not {"master", "compensation"} & optimizer.state[wide].keys()
+    assert optimizer.param_groups[0]["rounding"] == "stochastic"

@@ -790,3 +790,11 @@ def test_everything_may_be_switched_on_in_a_run(method: str, backend: str) -> No
         train(optimizer, params, range(t, t + 1))
         train(expected, plain, range(t, t + 1))
     assert_same_bits(snapshot(optimizer, params), snapshot(expected, plain))
+
+
+def test_a_parameter_may_be_named_total() -> None:
+    w = torch.ones(3)
+    w.grad = torch.ones_like(w)
+    optimizer = wd.AdamW([("total", w)], telemetry_every=1)
+    optimizer.step()
+    assert [row["parameter"] for row in optimizer.telemetry().rows()] == ["total", "total of all"]

@@ -141,6 +141,7 @@ class _Adam(torch.optim.Optimizer):
     _scaled: bool  # a GradScaler has been seen
     _checked: tuple[Any, ...] | None  # the whole optimizer's options, when they were looked at
     _skipped: Tensor | None
+    _provisional: list[tuple[Tensor, str]]  # copies of weights that may not have arrived yet
     _grad_norm: Tensor | None
     # How many-th call it was, its table, and the parameters' names, tensors and methods.
     _measured: tuple[int, Tensor, list[tuple[str, Tensor, str]]] | None
@@ -279,7 +280,7 @@ class _Adam(torch.optim.Optimizer):
                 # A copy: the tensors may be live parameters.
                 dtype = _fitting(anchor, storage.anchor_dtypes(p))
                 self.state[p]["anchor"] = torch.empty_like(p, dtype=dtype).copy_(anchor.detach())
-                self._complete_state(p, hyper)
+                self._complete_state(p, hyper, provisional=True)
 
     def _hyper(self, group: dict[str, Any], index: int) -> Hyper:
         # A host that is not to wait cannot count steps of which only the device knows.
@@ -360,8 +361,11 @@ class _Adam(torch.optim.Optimizer):
             return _NOTHING
         device = next((p.device for *_, p in self._places()), torch.device("cpu"))
         norm = options[:2] != (None, False)
-        if (self.skip_nonfinite or found_inf is not None) and self._skipped is None:
-            self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        if self.skip_nonfinite or found_inf is not None:
+            before = self._skipped
+            if before is None or before.device != device:  # or the weights have moved
+                now = torch.zeros((), dtype=torch.int64, device=device)
+                self._skipped = now if before is None else before.to(device)
         table = None
         if self.telemetry_every is not None and (self._calls + 1) % self.telemetry_every == 0:
             size = len(self._active_parameters()), len(COLUMNS)
@@ -404,7 +408,14 @@ class _Adam(torch.optim.Optimizer):
         """The step of a new set of tensors, or of a backend that keeps no plan."""
         groups = self._checked_groups()
         backend = self._choose([p for group in self.param_groups for p in group["params"]])
-        for group in groups:  # the first thing written, so after all checks
+        for p, key in self._provisional:  # the first thing written, so after all checks
+            if key in self.state.get(p, {}):
+                self.state[p][key].copy_(p.detach())
+        self._provisional = []
+        for i, _, _, p in self._places():
+            if self.state.get(p):
+                self._complete_state(p, self._hypers[i])
+        for group in groups:
             group.states.extend(self._complete_state(p, group.hyper) for p in group.params)
         if backend is None:
             groups = [group._replace(hyper=group.hyper.read()) for group in groups]
@@ -451,10 +462,10 @@ class _Adam(torch.optim.Optimizer):
             if layouts.has_memory(p):
                 params.append(p)
                 names.append(name)
+            checks.check_live_state(p, self.state.get(p, {}), self._hypers[i], name)
             if p.grad is None:
                 continue
             checks.check_gradient(p, name)
-            checks.check_live_state(p, self.state.get(p, {}), self._hypers[i], name)
             groups[i].params.append(p)
             groups[i].grads.append(p.grad)
             groups[i].indices.append(index)
@@ -464,8 +475,11 @@ class _Adam(torch.optim.Optimizer):
             self._checked_memory = memory
         return groups
 
-    def _complete_state(self, p: Tensor, hyper: Hyper) -> dict[str, Any]:
-        """A parameter's state, with what it lacks added. Missing moments are zero."""
+    def _complete_state(self, p: Tensor, hyper: Hyper, provisional: bool = False) -> dict[str, Any]:
+        """A parameter's state, with what it lacks added. Missing moments are zero.
+
+        `provisional`: before a step; a model's own checkpoint may be loaded before the first one.
+        """
         state: dict[str, Any] = self.state[p]
         # As torch.optim: on the CPU, where the host reads it each step, unless that is not to wait.
         device = torch.device("cpu") if hyper.live is None else p.device
@@ -482,6 +496,7 @@ class _Adam(torch.optim.Optimizer):
                 state[key] = torch.zeros_like(p, memory_format=torch.preserve_format, dtype=dtype)
                 if key in ("master", "ema"):
                     state[key].copy_(p.detach())
+                    self._provisional += [(p, key)] if provisional else []
         if hyper.ema_decay is None:
             state.pop("ema", None)  # no longer kept up
         if hyper.amsgrad:
@@ -542,8 +557,8 @@ class _Adam(torch.optim.Optimizer):
         aside: dict[Tensor, Tensor] = {}
         swapped: list[Tensor] = []
         try:
-            for *_, p in self._places():
-                if "ema" in self.state.get(p, {}):
+            for _, _, group, p in self._places():
+                if group["ema_decay"] is not None and "ema" in self.state.get(p, {}):
                     _exchange(p, self.state[p]["ema"], aside)
                     swapped.append(p)
             yield
@@ -595,6 +610,7 @@ class _Adam(torch.optim.Optimizer):
                 del group[key]
             for key, value in before.items():
                 group.setdefault(key, value)
+            group.update(self._of_narrow_weights(before))
             hyper = self._hyper(group, index)
             for p, key in zip(group["params"], saved["params"], strict=True):
                 state = dict(loaded["state"].get(key, {}))
@@ -623,13 +639,20 @@ class _Adam(torch.optim.Optimizer):
             state.pop(entry, None)
         if "step" in saved:
             state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).cpu().clone()
+        wanted = (*storage.entries(p, hyper), "max_exp_avg_sq", "anchor", "ema")
         for key in storage.ALIKE:
-            if key in saved:
+            if key in saved and key in wanted:
                 dtype = _fitting(saved[key], storage.dtypes_of(key, p, hyper))
                 state[key] = saved[key].to(p.device, dtype, copy=True)
         if hyper.method == "swd" and "exp_avg_sq_sum" in saved:
             state["exp_avg_sq_sum"] = saved["exp_avg_sq_sum"].to(p.device, torch.float64, copy=True)
-        self._complete_state(p, hyper)
+        self._complete_state(p, hyper, provisional=True)
+
+    def _of_narrow_weights(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Options that say nothing to a group without such weights, which keeps its own."""
+        if any(p.dtype in storage.NARROW for p in group["params"]):
+            return {}
+        return {key: group[key] for key in ("rounding", "master_weights")}
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups, states = state_dict.get("param_groups"), state_dict.get("state")
@@ -654,7 +677,7 @@ class _Adam(torch.optim.Optimizer):
                     f"group {i} of the state_dict lacks {', '.join(missing)}: it belongs to "
                     "another kind of optimizer or is damaged"
                 )
-            merged = {**group, **saved, "params": group["params"]}
+            merged = {**group, **saved, **self._of_narrow_weights(group), "params": group["params"]}
             for key in self._foreign(merged):
                 del merged[key]
             hyper = self._hyper(merged, i)
@@ -710,6 +733,7 @@ class _Adam(torch.optim.Optimizer):
         self._scaled = False
         self._checked = None
         self._skipped = None
+        self._provisional = []
         self._grad_norm = None
         self._measured = None
         self._swapped = False

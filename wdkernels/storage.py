@@ -67,5 +67,5 @@ def check_group(params: list[Tensor], hyper: Hyper, place: str) -> None:
     if hyper.master_weights and params and not any(p.dtype in NARROW for p in params):
         raise ValueError(
             f"{place}: master_weights=True keeps float32 copies of 16-bit weights, and none of "
-            f"these is one ({params[0].dtype}): leave it out"
+            f"these is one ({params[0].dtype}): leave it out, or set it to False in this group"
         )

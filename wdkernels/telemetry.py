@@ -46,6 +46,7 @@ class Telemetry(Mapping[str, Mapping[str, Tensor]]):
         selected, ratio        SPD: whether (in total: how many) tensors were selected, and r
         sqrt_mean_v            SWD: sqrt(V)
 
+    `step` counts the calls of the optimizer's step() since it was constructed or loaded a state.
     Nothing waits for the device until numbers are asked for: `to_dict`, `rows`, `write`.
     """
 
@@ -57,7 +58,7 @@ class Telemetry(Mapping[str, Mapping[str, Tensor]]):
         table: Tensor,
         step: int,
     ) -> None:
-        self.step = step  # how many-th call of the optimizer's step() this was
+        self.step = step  # how many-th call of step() since construction or load_state_dict
         columns = dict(zip(COLUMNS, table.unbind(1), strict=True))
         sizes = torch.tensor(numels, dtype=torch.float64)
         sizes = sizes.to(table.device, non_blocking=True)
@@ -98,7 +99,9 @@ class Telemetry(Mapping[str, Mapping[str, Tensor]]):
             name: {key: columns[key][place] for key in self._keys[place]}
             for name, place in self._places.items()
         }
-        found["total"] = {key: value.item() for key, value in self.total.items()}
+        found["total" if "total" not in found else "total of all"] = {
+            key: value.item() for key, value in self.total.items()
+        }
         return found
 
     def rows(self) -> list[dict[str, Any]]:
