@@ -462,10 +462,10 @@ class _Adam(torch.optim.Optimizer):
             if layouts.has_memory(p):
                 params.append(p)
                 names.append(name)
+            checks.check_gradient(p, name)
             checks.check_live_state(p, self.state.get(p, {}), self._hypers[i], name)
             if p.grad is None:
                 continue
-            checks.check_gradient(p, name)
             groups[i].params.append(p)
             groups[i].grads.append(p.grad)
             groups[i].indices.append(index)
