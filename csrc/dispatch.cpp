@@ -21,7 +21,7 @@ WDK_DECLARE(avx512)
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names{"baseline"};
 #ifdef WDK_X86
-  if (__builtin_cpu_supports("avx2")) names.push_back("avx2");
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) names.push_back("avx2");
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     names.push_back("avx512");

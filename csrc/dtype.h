@@ -118,9 +118,9 @@ WDK_INLINE uint16_t narrow(float x, uint32_t random, Float16) {
   const uint32_t up =
       nearest ? half - 1u + ((mantissa >> dropped) & 1u) : random & ((half << 1) - 1u);
   uint32_t found = ((mantissa + up) >> dropped) + ((kept - 113u) << 10);
-  found = found > 0x7c00u ? 0x7c00u : found;          // overflows to inf
-  found = magnitude > 0x7f800000u ? 0x7e00u : found;  // NaN
-  return uint16_t(found | ((bits >> 16) & 0x8000u));
+  found = found > 0x7c00u ? 0x7c00u : found;  // overflows to inf
+  found |= (bits >> 16) & 0x8000u;
+  return magnitude > 0x7f800000u ? 0x7e00u : uint16_t(found);  // NaN stays
 }
 
 // ---- where a type is known only when the code runs ---------------------------------------------

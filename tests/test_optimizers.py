@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -295,15 +294,6 @@ def test_swd_and_spd_rest_without_gradients(
 
 
 # ---- the same bits -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def restored() -> Iterator[None]:
-    """The process's threads and instruction set, as they were."""
-    threads, instruction_set = torch.get_num_threads(), native._C.instruction_set()
-    yield
-    torch.set_num_threads(threads)
-    native._C.use_instruction_set(instruction_set)
 
 
 # The whole step, on weights of several types.

@@ -59,8 +59,8 @@ def _float16(bits: Tensor, random: Tensor | None) -> Tensor:
     half = torch.ones_like(bits) << (dropped - 1)
     up = half - 1 + (mantissa >> dropped & 1) if random is None else random & (2 * half - 1)
     found = (mantissa + up >> dropped) + (kept - 113 << 10)
-    found = found.clamp(max=0x7C00)  # inf
-    return torch.where(magnitude > 0x7F800000, 0x7E00, found) | (bits >> 16 & 0x8000)
+    found = found.clamp(max=0x7C00) | (bits >> 16 & 0x8000)  # what is too large is inf
+    return torch.where(magnitude > 0x7F800000, 0x7E00, found)
 
 
 def _mix(x: Tensor) -> Tensor:

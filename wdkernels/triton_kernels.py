@@ -309,8 +309,8 @@ def to_float16(x, random):
     up = tie if random is None else random & ((half << 1) - 1)
     found = ((mantissa + up) >> dropped) + ((kept - 113) << 10)
     found = tl.where(found > 0x7C00, 0x7C00 * one, found)  # overflows to inf
-    found = tl.where(magnitude > 0x7F800000, 0x7E00 * one, found)  # NaN
-    return (found | ((bits >> 16) & 0x8000)).to(tl.uint16)
+    found = found | ((bits >> 16) & 0x8000)
+    return tl.where(magnitude > 0x7F800000, 0x7E00 * one, found).to(tl.uint16)  # NaN
 
 
 @triton.jit
