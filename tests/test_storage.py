@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -892,6 +893,41 @@ def test_copies_are_of_the_weights_at_the_first_step(
         source = torch.optim.AdamW([other], lr=0.0)
         source.step()
         optimizer.load_state_dict(source.state_dict())
+    w.fill_(0.5)
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert (w == 0.5).all()
+    (key,) = {"master", "ema"} & optimizer.state[w].keys()
+    assert (optimizer.state[w][key] == 0.5).all()
+
+
+@every_backend
+@pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])
+@pytest.mark.parametrize("options", [{"master_weights": True}, {"ema_decay": 0.5}], ids=str)
+def test_copies_that_were_never_stepped_are_no_more_than_copies(
+    backend: str, options: dict[str, Any], way: str
+) -> None:
+    """However they travel, it is the weights at the first step that count."""
+
+    def build(w: Tensor) -> Any:
+        return wd.AdamW([w], lr=0.0, backend=backend, anchor="initial", **options)
+
+    w = torch.zeros(5, dtype=torch.bfloat16)
+    optimizer = build(w)
+    w.fill_(0.25)  # a model's checkpoint
+    if options.get("ema_decay"):
+        with optimizer.ema_weights():
+            assert (w == 0.25).all()
+    if way == "state_dict":
+        state_dict = copy.deepcopy(optimizer.state_dict())
+        assert (state_dict["state"][0].get("master", w) == 0.25).all()
+        w = torch.zeros(5, dtype=torch.bfloat16)
+        optimizer = build(w)
+        optimizer.load_state_dict(state_dict)
+    elif way == "deepcopy":
+        w, optimizer = copy.deepcopy((w, optimizer))
+    else:
+        w, optimizer = pickle.loads(pickle.dumps((w, optimizer)))
     w.fill_(0.5)
     w.grad = torch.zeros_like(w)
     optimizer.step()

@@ -451,6 +451,30 @@ def test_weights_come_back_after_an_exception(
     train(optimizer, params, range(2, 3))
 
 
+@every_mode
+@every_backend
+def test_whatever_comes_of_one_weight_the_others_come_back(
+    backend: str, dtype: torch.dtype, mode: dict[str, Any]
+) -> None:
+    params = weights(dtype)
+    optimizer = wd.AdamW(params, backend=backend, ema_decay=0.5, **mode)
+    train(optimizer, params, range(2))
+    before = [p.clone() for p in params]
+    averages = {p: optimizer.state[p]["ema"] for p in params[1:] if optimizer.state[p]}
+    values = [x.clone() for x in averages.values()]
+
+    def spoil() -> None:
+        with optimizer.ema_weights():
+            params[0].data = torch.ones(3, 5, 7, dtype=dtype)
+            optimizer.state.clear()
+
+    with pytest.raises(RuntimeError, match="size"):
+        spoil()
+    assert all(map(torch.equal, params[1:], before[1:]))
+    assert all(map(torch.equal, averages.values(), values))
+    optimizer.state_dict()  # nothing is exchanged any more
+
+
 def test_no_averages() -> None:
     optimizer = wd.AdamW([torch.ones(2)])
     with pytest.raises(RuntimeError, match="construct the optimizer with ema_decay"):
@@ -790,6 +814,19 @@ def test_everything_may_be_switched_on_in_a_run(method: str, backend: str) -> No
         train(optimizer, params, range(t, t + 1))
         train(expected, plain, range(t, t + 1))
     assert_same_bits(snapshot(optimizer, params), snapshot(expected, plain))
+
+
+def test_parameters_of_the_same_name_are_told_apart() -> None:
+    models = [nn.Linear(2, 3), nn.Linear(2, 3, bias=False)]
+    groups = [{"params": model.named_parameters()} for model in models]
+    optimizer = wd.AdamW(groups, telemetry_every=1)
+    for i, model in enumerate(models):
+        model(torch.full((2,), i + 1.0)).sum().backward()
+    optimizer.step()
+    told = optimizer.telemetry()
+    assert list(told) == ["0.weight", "bias", "1.weight"]
+    for i in range(2):
+        assert told[f"{i}.weight"]["grad_norm"].item() == pytest.approx((i + 1) * math.sqrt(6))
 
 
 def test_a_parameter_may_be_named_total() -> None:

@@ -51,8 +51,9 @@ A step checks everything before it writes anything: on an exception nothing has 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from operator import itemgetter
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict
@@ -392,25 +393,20 @@ class _Adam(torch.optim.Optimizer):
         self._forget()
 
     def _active_parameters(self) -> list[tuple[str, Tensor, str]]:
-        """Name, parameter and method of those that have a gradient."""
-        return [
-            (
-                group["param_names"][k] if "param_names" in group else f"{i}.{k}",
-                p,
-                self._method,
-            )
-            for i, group in enumerate(self.param_groups)
-            for k, p in enumerate(group["params"])
-            if p.grad is not None
-        ]
+        """Name, parameter and method of those that have a gradient. No two have the same name."""
+        given = Counter(x for group in self.param_groups for x in group.get("param_names", ()))
+        parameters = []
+        for i, k, group, p in self._places():
+            name = group["param_names"][k] if "param_names" in group else str(k)
+            if p.grad is not None:
+                parameters.append((name if given[name] == 1 else f"{i}.{name}", p, self._method))
+        return parameters
 
     def _step_anew(self, request: Request) -> None:
         """The step of a new set of tensors, or of a backend that keeps no plan."""
         groups = self._checked_groups()
         backend = self._choose([p for group in self.param_groups for p in group["params"]])
-        for p, key in self._provisional:  # the first thing written, so after all checks
-            if key in self.state.get(p, {}):
-                self.state[p][key].copy_(p.detach())
+        self._renew()  # the first thing written, so after all checks
         self._provisional = []
         for i, _, _, p in self._places():
             if self.state.get(p):
@@ -507,6 +503,12 @@ class _Adam(torch.optim.Optimizer):
             state["exp_avg_sq_sum"] = v.sum(dtype=torch.float64)
         return state
 
+    def _renew(self) -> None:
+        """Copies of weights from before the first step: a model may have been loaded since."""
+        for p, key in self._provisional:
+            if key in self.state.get(p, {}):
+                self.state[p][key].copy_(p.detach())
+
     # ---- what a step leaves behind -------------------------------------------------------------
 
     @property
@@ -553,19 +555,21 @@ class _Adam(torch.optim.Optimizer):
         self._refuse_swapped("ema_weights()")
         if all(group["ema_decay"] is None for group in self.param_groups):
             raise RuntimeError("there are no averages: construct the optimizer with ema_decay")
-        self._swapped = True
-        aside: dict[Tensor, Tensor] = {}
-        swapped: list[Tensor] = []
-        try:
+        provisional = {p for p, key in self._provisional if key == "ema"}
+        with ExitStack() as undo:  # all of it, whatever of it fails
+            self._swapped = True
+            undo.callback(setattr, self, "_swapped", False)
             for _, _, group, p in self._places():
-                if group["ema_decay"] is not None and "ema" in self.state.get(p, {}):
-                    _exchange(p, self.state[p]["ema"], aside)
-                    swapped.append(p)
+                ema = self.state.get(p, {}).get("ema")
+                if group["ema_decay"] is None or ema is None or p in provisional:
+                    continue
+                if p.dtype == ema.dtype:
+                    _exchange(p, ema)
+                    undo.callback(_exchange, p, ema)
+                else:
+                    undo.callback(_write, p, p.detach().clone())
+                    _write(p, ema)
             yield
-        finally:
-            for p in swapped:
-                _exchange(p, self.state[p]["ema"], aside)
-            self._swapped = False
 
     def _refuse_swapped(self, what: str) -> None:
         if self._swapped:
@@ -576,6 +580,7 @@ class _Adam(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's; refused in `ema_weights`, where weights and averages are exchanged."""
         self._refuse_swapped("state_dict()")
+        self._renew()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -646,6 +651,8 @@ class _Adam(torch.optim.Optimizer):
                 state[key] = saved[key].to(p.device, dtype, copy=True)
         if hyper.method == "swd" and "exp_avg_sq_sum" in saved:
             state["exp_avg_sq_sum"] = saved["exp_avg_sq_sum"].to(p.device, torch.float64, copy=True)
+        if state.get("step") == 0:  # so they are no more than copies
+            self._provisional += [(p, key) for key in ("master", "ema") if key in state]
         self._complete_state(p, hyper, provisional=True)
 
     def _of_narrow_weights(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -720,12 +727,13 @@ class _Adam(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_swapped("copying")
-        whole = {key: getattr(self, key) for key in ("_backend", *_OF_THE_WHOLE)}
+        whole = {key: getattr(self, key) for key in ("_backend", "_provisional", *_OF_THE_WHOLE)}
         return {**super().__getstate__(), **whole}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._start()
+        self._provisional = state.get("_provisional", [])  # torch loads a state dict this way, too
 
     def _start(self) -> None:
         """Nothing has been done yet."""
@@ -761,18 +769,16 @@ def _fitting(x: Tensor, dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return x.dtype if x.dtype in dtypes else dtypes[0]
 
 
-def _exchange(p: Tensor, ema: Tensor, aside: dict[Tensor, Tensor]) -> None:
-    """The weight's values against the average's, there and back."""
-    with torch.no_grad():
-        if p.dtype == ema.dtype:
-            before = p.clone()
-            p.copy_(ema)
-            ema.copy_(before)
-        elif p in aside:
-            p.copy_(aside.pop(p))
-        else:
-            aside[p] = p.clone()
-            p.copy_(ema)
+@torch.no_grad()
+def _write(to: Tensor, values: Tensor) -> None:
+    to.copy_(values)
+
+
+@torch.no_grad()
+def _exchange(p: Tensor, ema: Tensor) -> None:
+    before = p.clone()
+    p.copy_(ema)
+    ema.copy_(before)
 
 
 class Adam(_Adam):
