@@ -34,7 +34,8 @@ and of weights of 16 bits, which a step computes in float32 (docs/methods.md):
 All of these may differ between param groups. These are the whole optimizer's:
 
     max_grad_norm    the gradients' global norm is clipped to it, as by
-                 torch.nn.utils.clip_grad_norm_, but they are not written
+                 torch.nn.utils.clip_grad_norm_, but they are not written; "global" is what this
+                 optimizer sees: all shards of DTensors, but of other shardings its own only
     skip_nonfinite   a step whose gradients have no finite norm changes nothing, but is counted in
                  `skipped_steps`
     telemetry_every  n: each n-th step is measured, for `telemetry`

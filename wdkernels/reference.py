@@ -170,7 +170,7 @@ def _update(p: _Parameter, mean_v: Tensor | None, told: Tensor | None) -> None:
             *(selected, ratio, 0.0 if mean_v is None else mean_v),
         ]
         for place, number in enumerate(columns):  # as in wdkernels.telemetry.COLUMNS
-            told[place] = number
+            told[place] = _everywhere(number)
 
     _store_weight(p, new)
     if h.ema_decay is not None:
@@ -288,7 +288,7 @@ def _store_moments(p: _Parameter, m: Tensor, v: Tensor, v_top: Tensor) -> None:
         moments.append(("max_exp_avg_sq", v_top, 16))
     for name, value, shift in moments:
         if p.state[name].dtype == torch.bfloat16:
-            random = rounding.noise(mix(_key(p) + 2 & 0xFFFFFFFF), p.w) >> shift
+            random = rounding.right_shift(rounding.noise(mix(_key(p) + 2 & 0xFFFFFFFF), p.w), shift)
             value = rounding.narrow(value, torch.bfloat16, random)
         _store(p.state[name], value)
 
@@ -304,6 +304,11 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 def _sum(numbers: Sequence[Tensor]) -> Tensor:
     """Of 0-d tensors, which may be on several devices."""
     return torch.stack([each.to(numbers[0].device) for each in numbers]).sum()
+
+
+def _everywhere(number: Any) -> Any:
+    """A DTensor's number, for every process."""
+    return number.full_tensor() if hasattr(number, "full_tensor") else number
 
 
 def _real(x: Tensor) -> Tensor:
