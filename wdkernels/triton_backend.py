@@ -162,7 +162,10 @@ class Plan:
             return False
         found = [tensor.grad for tensor in self._all]
         active = [i for i, gradient in enumerate(found) if gradient is not None]
-        if _capturing() and (active != self._active or any(h.live is None for h in self._hypers)):
+        # Steps may be counted on the device without: a graph would repeat the host's lr and decay.
+        if _capturing() and not (
+            active == self._active and all(group["capturable"] for group in param_groups)
+        ):
             raise RuntimeError(
                 "a CUDA graph is being captured, which a step can only join with capturable=True, "
                 "and after steps outside of it with the same parameters"
