@@ -624,7 +624,7 @@ def test_a_capture_needs_steps_before(gpu: emulated.Machine) -> None:
 
 @pytest.mark.parametrize("counted", [False, True])
 def test_a_capture_needs_capturable(counted: bool, gpu: emulated.Machine) -> None:
-    """Without it lr and weight_decay would stay as they are, were the steps counted there or not."""
+    """Without it lr and weight_decay would stay as they are, wherever steps are counted."""
     params = model()
     optimizer = wd.AdamW(params, backend="native", skip_nonfinite=counted)
     optimizer.step()

@@ -454,24 +454,26 @@ class _Adam(torch.optim.Optimizer):
 
     def _checked_groups(self) -> list[reference.Group]:
         """The parameters that have a gradient, after a look at everything a step relies on."""
-        params, names = [], []
+        tensors, names = [], []
         groups = [reference.Group(hyper, [], [], [], []) for hyper in self._hypers.values()]
         for index, (i, k, group, p) in enumerate(self._places()):
             name = checks.name_of(group, i, k)
+            state = self.state.get(p, {})
             checks.check_parameter(p, name)
-            if layouts.has_memory(p):
-                params.append(p)
-                names.append(name)
             checks.check_gradient(p, name)
-            checks.check_live_state(p, self.state.get(p, {}), self._hypers[i], name)
+            checks.check_live_state(p, state, self._hypers[i], name)
+            if layouts.has_memory(p):
+                for what, x in ((name, p), *checks.written(state, name)):
+                    tensors.append(x)
+                    names.append(what)
             if p.grad is None:
                 continue
             groups[i].params.append(p)
             groups[i].grads.append(p.grad)
             groups[i].indices.append(index)
-        memory = [(p.data_ptr(), p.shape, p.stride()) for p in params]
+        memory = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
         if memory != self._checked_memory:
-            checks.check_memory(params, names)
+            checks.check_memory(tensors, names)
             self._checked_memory = memory
         return groups
 
@@ -638,14 +640,16 @@ class _Adam(torch.optim.Optimizer):
         for entry in _OURS:
             state.pop(entry, None)
         if "step" in saved:
-            state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).cpu().clone()
+            step = torch.as_tensor(saved["step"], dtype=torch.float32).detach().cpu()
+            state["step"] = step.reshape(()).clone()
         wanted = (*storage.entries(p, hyper), "max_exp_avg_sq", "anchor", "ema")
         for key in storage.ALIKE:
             if key in saved and key in wanted:
                 dtype = _fitting(saved[key], storage.dtypes_of(key, p, hyper))
-                state[key] = saved[key].to(p.device, dtype, copy=True)
+                state[key] = saved[key].detach().to(p.device, dtype, copy=True)
         if hyper.method == "swd" and "exp_avg_sq_sum" in saved:
-            state["exp_avg_sq_sum"] = saved["exp_avg_sq_sum"].to(p.device, torch.float64, copy=True)
+            kept = saved["exp_avg_sq_sum"].detach().to(p.device, torch.float64, copy=True)
+            state["exp_avg_sq_sum"] = kept.reshape(())
         self._complete_state(p, hyper, provisional=True)
 
     def _of_narrow_weights(self, group: dict[str, Any]) -> dict[str, Any]:

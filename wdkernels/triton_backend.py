@@ -263,6 +263,7 @@ class Plan:
         regular = (
             {torch.strided} >= {*map(attrgetter("layout"), gradients)}
             and all(map(eq, _answers(_ORDER, gradients), self._orders))
+            and all(map(Tensor.data_ptr, gradients))  # 0: there is no memory, or are no elements
             # Only a view of a complex tensor, or of one element of it, can be lazy and yet dense.
             and not any(gradients[k].is_conj() or gradients[k].is_neg() for k in self._maybe_lazy)
         )
@@ -294,6 +295,8 @@ def _member(p: Parameter, weight: Tensor, hyper: Hyper) -> _Member | None:
     if hyper.anchored:
         keys.append("anchor")
     if p.state is None or not p.state.keys() >= set(keys):
+        return None
+    if weight.numel() > 0 and weight.data_ptr() == 0:
         return None
 
     streams = {key: p.state[key] for key in keys}
