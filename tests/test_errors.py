@@ -265,7 +265,12 @@ STEPS: dict[str, tuple[Break, type[Exception], str]] = {
 # Hyper-parameters: what is wrong with each, by name, and what the message says.
 NUMBERS = [-0.1, math.nan, math.inf, -math.inf, "0.1", None, True, torch.tensor([0.1, 0.2])]
 NUMBERS += [torch.tensor(-1.0), torch.tensor(math.nan)]
+ELSEWHERE = torch.tensor(0.1, device="meta")  # as on a GPU: to read it would be to wait
+WAITS = "is a tensor on meta, for which the host would have to wait in every step: pass a number"
 VALUES: list[tuple[str, Any, str]] = [
+    *[(key, ELSEWHERE, f"{key} {WAITS}") for key in ("lr", "weight_decay", "eps", "ema_decay")],
+    ("betas", (ELSEWHERE, 0.9), rf"betas\[0\] {WAITS}"),
+    ("betas", (0.9, ELSEWHERE), rf"betas\[1\] {WAITS}"),
     *[(key, x, f"{key} must be") for key in ("lr", "weight_decay", "eps") for x in NUMBERS],
     *[("betas", (x, 0.9), r"betas\[0\] must be") for x in (*NUMBERS, 1.0, 1.5)],
     *[("betas", (0.9, x), r"betas\[1\] must be") for x in (*NUMBERS, 1.0, 1.5)],
@@ -284,6 +289,7 @@ VALUES: list[tuple[str, Any, str]] = [
 ]
 DECOUPLED_VALUES: list[tuple[str, Any, str]] = [
     *[("lr_max", x, "lr_max must be") for x in NUMBERS if x is not None],
+    ("lr_max", ELSEWHERE, f"lr_max {WAITS}"),
     ("decay_scale", "eta", "unknown decay_scale 'eta'; there are 'lr', 'relative_lr', 'corrected'"),
     ("decay_scale", None, "unknown decay_scale None"),
     ("cautious", 1, "cautious must be True or False"),

@@ -23,6 +23,7 @@ from variants import (
     every_backend,
     every_method,
     gradient,
+    needs_native,
     random,
     saved,
     snapshot,
@@ -227,15 +228,54 @@ def test_the_norm_is_of_unscaled_gradients_of_all_types(backend: str, dtype: tor
     assert optimizer.grad_norm is None
 
 
-def test_options_of_the_whole_are_checked_when_they_change() -> None:
+@pytest.mark.parametrize("before", [None, 1.0, torch.tensor(1.0)], ids=str)
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        (-1.0, "must be finite and >= 0, not -1"),
+        (torch.tensor(-1.0), "must be finite and >= 0, not -1"),
+        (torch.ones(2), "must be a number, not tensor"),
+        (torch.tensor(1.0, device="meta"), "is a tensor on meta, for which .*: pass a number"),
+    ],
+    ids=str,
+)
+def test_options_of_the_whole_are_checked_when_they_change(
+    before: Any, bad: Any, match: str
+) -> None:
     w = torch.ones(2)
-    optimizer = wd.AdamW([w], backend="eager")
+    optimizer = wd.AdamW([w], backend="eager", max_grad_norm=before)
     w.grad = torch.ones(2)
-    optimizer.max_grad_norm = -1.0
-    with pytest.raises(ValueError, match="max_grad_norm must be finite and >= 0, not -1"):
+    optimizer.max_grad_norm = bad
+    with pytest.raises(ValueError, match=f"max_grad_norm {match}"):
         optimizer.step()
     assert torch.equal(w, torch.ones(2))
     assert not optimizer.state[w]
+
+
+@needs_native
+def test_a_bound_that_changes_needs_no_new_plan() -> None:
+    w = torch.ones(2)
+    optimizer = wd.AdamW([w], backend="native", max_grad_norm=1.0)
+    w.grad = torch.ones(2)
+    optimizer.step()
+    plan = optimizer._plan
+    for bound in (0.5, None, torch.tensor(0.25)):
+        optimizer.max_grad_norm = bound
+        optimizer.step()
+        assert optimizer._plan is plan
+
+
+def test_a_tensor_that_bounds_the_norm_may_change_in_place() -> None:
+    w = torch.ones(2)
+    limit = torch.tensor(1.0)
+    optimizer = wd.AdamW([w], backend="eager", max_grad_norm=limit)
+    w.grad = torch.ones(2)
+    optimizer.step()
+    limit.fill_(-1.0)
+    before = w.clone()
+    with pytest.raises(ValueError, match="max_grad_norm must be finite and >= 0, not -1"):
+        optimizer.step()
+    assert torch.equal(w, before)
 
 
 # ---- gradients and bad steps ---------------------------------------------------------------------

@@ -9,7 +9,8 @@
 Each class below says where its decay enters. All of them take, like torch.optim.Adam:
 
     lr, betas, eps, weight_decay
-                 numbers >= 0, betas below 1; lr and weight_decay may be 0-d tensors
+                 numbers >= 0, betas below 1; 0-d tensors on the CPU count as such, and are read
+                 at each step
     amsgrad      max(v) over the steps so far takes v's place in u (Reddi et al. 2018)
     maximize     ascent: g is negated first
     capturable   for CUDA graphs: steps are counted on the GPU, and lr and weight_decay, if they are
@@ -53,7 +54,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import itemgetter
+from operator import is_, itemgetter
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict
 
@@ -139,7 +140,7 @@ class _Adam(torch.optim.Optimizer):
     _checked_memory: list[Any]
     _calls: int
     _scaled: bool  # a GradScaler has been seen
-    _checked: tuple[Any, ...] | None  # the whole optimizer's options, when they were looked at
+    _checked: tuple[Any, Any, Any]  # the whole optimizer's options, when they were looked at
     _skipped: Tensor | None
     _provisional: list[tuple[Tensor, str]]  # copies of weights that may not have arrived yet
     _grad_norm: Tensor | None
@@ -350,7 +351,7 @@ class _Adam(torch.optim.Optimizer):
     def _request(self) -> Request:
         """What is asked of this step. Its tensors are new: nobody waits for those of the last."""
         options = self.max_grad_norm, self.skip_nonfinite, self.telemetry_every
-        if options != self._checked:
+        if not all(map(is_, options, self._checked)):  # == may wait for a device, or have no answer
             self._check_whole()
         # GradScaler sets both for this step, found_inf to the number 0 if there are no gradients.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -388,8 +389,9 @@ class _Adam(torch.optim.Optimizer):
         every = self.telemetry_every
         if every is not None and (type(every) is not int or every < 1):
             raise ValueError(f"telemetry_every must be None or an int >= 1, not {every!r}")
+        if self.skip_nonfinite is not self._checked[1]:
+            self._forget()  # it decides where steps are counted
         self._checked = self.max_grad_norm, self.skip_nonfinite, self.telemetry_every
-        self._forget()
 
     def _active_parameters(self) -> list[tuple[str, Tensor, str]]:
         """Name, parameter and method of those that have a gradient."""
@@ -735,7 +737,7 @@ class _Adam(torch.optim.Optimizer):
         """Nothing has been done yet."""
         self._calls = 0
         self._scaled = False
-        self._checked = None
+        self._checked = None, False, None
         self._skipped = None
         self._provisional = []
         self._grad_norm = None
