@@ -337,6 +337,11 @@ def test_a_step_without_a_finite_norm_is_skipped(
     assert {(x.dtype, x.shape) for x in seen} == {(torch.int64, ())}
 
 
+def test_skipped_steps_stand_beside_the_weights_from_the_beginning() -> None:
+    skipped = wd.AdamW([torch.ones(2, device="meta")]).skipped_steps
+    assert (skipped.device.type, skipped.dtype, skipped.shape) == ("meta", torch.int64, ())
+
+
 @every_backend
 @every_method
 def test_without_skip_nonfinite_a_bad_step_counts(variant: Variant, backend: str) -> None:

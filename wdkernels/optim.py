@@ -360,7 +360,7 @@ class _Adam(torch.optim.Optimizer):
             self._forget()
         if options == (None, False, None) and grad_scale is None and found_inf is None:
             return _NOTHING
-        device = next((p.device for *_, p in self._places()), torch.device("cpu"))
+        device = self._device()
         norm = options[:2] != (None, False)
         if self.skip_nonfinite or found_inf is not None:
             before = self._skipped
@@ -435,6 +435,10 @@ class _Adam(torch.optim.Optimizer):
         if not plan.step(self.state, self.param_groups, request):
             raise RuntimeError("tensors changed while the step was being prepared")
         self._plan = plan
+
+    def _device(self) -> torch.device:
+        """Where the numbers of the whole step stand: that of the first parameter."""
+        return next((p.device for *_, p in self._places()), torch.device("cpu"))
 
     def _places(self) -> Iterator[tuple[int, int, dict[str, Any], Tensor]]:
         """Every parameter, with its group and its place there."""
@@ -516,16 +520,17 @@ class _Adam(torch.optim.Optimizer):
     @property
     def grad_norm(self) -> Tensor | None:
         """The global norm of the last step's gradients, unscaled and before clipping: 0-d, float64,
-        on the parameters' device. None without max_grad_norm and skip_nonfinite."""
+        on the first parameter's device. None without max_grad_norm and skip_nonfinite."""
         return self._grad_norm
 
     @property
     def skipped_steps(self) -> Tensor:
         """How many calls of `step` were skipped since construction, or since a state dict was
-        loaded: 0-d, int64, on the parameters' device; because of `skip_nonfinite`, or because a
+        loaded: 0-d, int64, on the first parameter's device; because of `skip_nonfinite`, or because a
         GradScaler found an overflow."""
-        none = torch.zeros((), dtype=torch.int64)
-        return none if self._skipped is None else self._skipped.clone()
+        if self._skipped is None:
+            return torch.zeros((), dtype=torch.int64, device=self._device())
+        return self._skipped.clone()
 
     def telemetry(self) -> Telemetry:
         """The quantities of the last measured step; RuntimeError if there was none."""
