@@ -140,6 +140,33 @@ def test_grad_scaler_as_with_torch(backend: str) -> None:
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)  # float32, a few steps
 
 
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("again", [True, False], ids=["again", "without"])
+@every_backend
+def test_a_step_that_fails_keeps_nothing_of_a_grad_scaler(
+    backend: str, again: bool, unscaled: bool
+) -> None:
+    """The same step once more is unscaled once, and one without a scaler not at all."""
+    runs = []
+    for fails in (False, True):
+        w = torch.ones(3)
+        optimizer = wd.AdamW([w], lr=0.1, eps=1.0, backend=backend)
+        scaler: Any = torch.amp.GradScaler("cpu", init_scale=64.0)
+        scaler.scale(torch.ones(()))
+        w.grad = torch.full((3,), 32.0)
+        if unscaled:
+            scaler.unscale_(optimizer)
+        if fails:
+            optimizer.param_groups[0]["lr"] = -1.0
+            with pytest.raises(ValueError, match="lr must be"):
+                scaler.step(optimizer)
+            optimizer.param_groups[0]["lr"] = 0.1
+        scaler.step(optimizer) if again else optimizer.step()
+        runs.append(snapshot(optimizer, [w]))
+        assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
+    assert_same_bits(*runs)
+
+
 @every_backend
 def test_grad_scaler_without_gradients(backend: str) -> None:
     """It says that it found the number 0."""

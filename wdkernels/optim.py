@@ -333,6 +333,17 @@ class _Adam(torch.optim.Optimizer):
 
         Returns what `closure` returned, which is called first, with gradients enabled.
         """
+        try:
+            return self._step(closure)
+        except BaseException:
+            # A GradScaler takes back what it has set for this step only if the step returns. What
+            # it left would unscale steps without it, and those with it a second time.
+            if "found_inf" in vars(self):
+                for name in ("grad_scale", "found_inf"):
+                    vars(self).pop(name, None)
+            raise
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         self._refuse_swapped("step()")
         loss = None
         if closure is not None:
