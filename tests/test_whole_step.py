@@ -471,6 +471,50 @@ def test_averages_in_and_out(backend: str, dtype: torch.dtype, mode: dict[str, A
     assert_same_bits(snapshot(optimizer, params), snapshot(*runs))
 
 
+@every_mode
+@every_backend
+def test_weights_come_back_that_no_step_has_stored(
+    backend: str, dtype: torch.dtype, mode: dict[str, Any]
+) -> None:
+    """Loaded into the model since, say: a master copy or a compensation does not know of them."""
+    params = weights(dtype)
+    optimizer = wd.AdamW(params, lr=0.1, backend=backend, ema_decay=0.5, **mode)
+    train(optimizer, params, range(2))
+    for i, p in enumerate(params):
+        p.data.copy_(random(*p.shape, seed=90 + i, dtype=dtype))
+    before = snapshot(optimizer, params)
+    with optimizer.ema_weights():
+        assert not torch.equal(params[0], before["weight 0"])
+    assert_same_bits(snapshot(optimizer, params), before)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@every_backend
+def test_averages_of_a_state_dict_without_them(backend: str, known: bool) -> None:
+    """Its options count: saved without averages they end, and may begin again. A group that was
+    saved before there was the option says nothing of it."""
+    params = weights()
+    plain = wd.AdamW(params, lr=0.1, backend=backend)
+    train(plain, params, range(2, 3))
+    checkpoint = saved(plain.state_dict())
+    if not known:
+        del checkpoint["param_groups"][0]["ema_decay"]
+    optimizer = wd.AdamW(params, lr=0.1, backend=backend, ema_decay=0.5)
+    train(optimizer, params, range(3, 4))
+    optimizer.load_state_dict(checkpoint)
+    (group,) = optimizer.param_groups
+    assert group["ema_decay"] == (None if known else 0.5)
+    if known:
+        assert "ema" not in optimizer.state[params[0]]
+        train(optimizer, params, range(4, 5))
+        assert "ema" not in optimizer.state[params[0]]
+        group["ema_decay"] = 0.5
+    before = params[0].detach().clone()
+    train(optimizer, params, range(5, 6))
+    expected = torch.lerp(before, params[0].detach(), 0.5)
+    assert torch.equal(optimizer.state[params[0]]["ema"], expected)
+
+
 INSIDE: dict[str, Callable[[Any], Any]] = {
     "step": lambda optimizer: optimizer.step(),
     "state_dict": lambda optimizer: optimizer.state_dict(),

@@ -537,8 +537,8 @@ class _Adam(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> Tensor:
         """How many calls of `step` were skipped since construction, or since a state dict was
-        loaded: 0-d, int64, on the first parameter's device; because of `skip_nonfinite`, or because a
-        GradScaler found an overflow."""
+        loaded: because of `skip_nonfinite`, or because a GradScaler found an overflow. 0-d, int64,
+        on the first parameter's device."""
         if self._skipped is None:
             return torch.zeros((), dtype=torch.int64, device=self._device())
         return self._skipped.clone()
@@ -567,8 +567,10 @@ class _Adam(torch.optim.Optimizer):
                 evaluate(model)
 
         Values are exchanged in place, a parameter at a time. Weights of 16 bits, whose averages
-        are float32, are set aside meanwhile. A parameter that has not been updated yet stays as it
-        is. Neither `step` nor `state_dict` can be called in here.
+        are float32, are set aside meanwhile, 2 bytes each: they come back as they were, whatever
+        has been done to them since the last step, which master weights would not know. A parameter
+        that has not been updated yet stays as it is. Neither `step` nor `state_dict` can be called
+        in here.
         """
         self._refuse_swapped("ema_weights()")
         if all(group["ema_decay"] is None for group in self.param_groups):
@@ -601,7 +603,9 @@ class _Adam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch.optim.Adam / AdamW.
 
-        Tensors are copied. A group's options come from the state dict; those it does not know (a
+        Tensors are copied. A group's options come from the state dict, as in torch.optim: one that
+        was saved with ema_decay=None goes on without averages, and they begin anew, as the weights
+        of that moment, if ema_decay is set in the group again. Options that it does not know (a
         torch optimizer's knows neither anchor nor schedule) stay as they are. ValueError, with
         nothing changed, if it does not fit, or if its weight_decay is L2 where this one's is
         decoupled or the other way round.
