@@ -495,35 +495,16 @@ class _Adam(torch.optim.Optimizer):
         return groups
 
     def _complete_state(self, p: Tensor, hyper: Hyper, provisional: bool = False) -> dict[str, Any]:
-        """A parameter's state, with what it lacks added. Missing moments are zero.
+        """A parameter's state, made what a step needs.
 
         `provisional`: before a step; a model's own checkpoint may be loaded before the first one.
         """
         state: dict[str, Any] = self.state[p]
-        # As torch.optim: on the CPU, where the host reads it each step, unless that is not to wait.
-        device = torch.device("cpu") if hyper.live is None else p.device
-        if "step" not in state:
-            wide = torch.get_default_dtype() == torch.float64
-            state["step"] = torch.zeros(
-                (), dtype=torch.float64 if wide else torch.float32, device=device
-            )
-        elif state["step"].device != device:  # capturable has been switched
-            state["step"] = state["step"].to(device)
-        for key in storage.entries(p, hyper):
-            if key not in state:
-                dtype, *_ = storage.dtypes_of(key, p, hyper)
-                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format, dtype=dtype)
-                if key in ("master", "ema"):
-                    state[key].copy_(p.detach())
-                    self._provisional += [(p, key)] if provisional else []
-        if hyper.ema_decay is None:
-            state.pop("ema", None)  # no longer kept up
-        if hyper.amsgrad:
-            state.pop("exp_avg_sq_sum", None)  # no longer kept up
-        elif hyper.method == "swd" and "exp_avg_sq_sum" not in state:
-            v = state["exp_avg_sq"]
-            v = torch.view_as_real(v) if v.is_complex() else v
-            state["exp_avg_sq_sum"] = v.sum(dtype=torch.float64)
+        _place_step(state, p, hyper)
+        _drop_what_is_not_kept_up(state, hyper)
+        copies = _add_what_is_missing(state, p, hyper)
+        if provisional:
+            self._provisional += [(p, key) for key in copies]
         return state
 
     # ---- what a step leaves behind -------------------------------------------------------------
@@ -785,6 +766,41 @@ def _by_torch(group: dict[str, Any]) -> bool:
 
 def _fitting(x: Tensor, dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return x.dtype if x.dtype in dtypes else dtypes[0]
+
+
+def _place_step(state: dict[str, Any], p: Tensor, hyper: Hyper) -> None:
+    """As torch.optim: on the CPU, where the host reads it each step, unless that is not to wait."""
+    device = torch.device("cpu") if hyper.live is None else p.device
+    if "step" not in state:
+        wide = torch.get_default_dtype() == torch.float64
+        dtype = torch.float64 if wide else torch.float32
+        state["step"] = torch.zeros((), dtype=dtype, device=device)
+    elif state["step"].device != device:  # capturable has been switched
+        state["step"] = state["step"].to(device)
+
+
+def _drop_what_is_not_kept_up(state: dict[str, Any], hyper: Hyper) -> None:
+    """Options may change in a run; what is needed again later is then made anew."""
+    if hyper.ema_decay is None:
+        state.pop("ema", None)
+    if hyper.amsgrad:
+        state.pop("exp_avg_sq_sum", None)
+
+
+def _add_what_is_missing(state: dict[str, Any], p: Tensor, hyper: Hyper) -> list[str]:
+    """Moments of zeros, copies of the weight, SWD's sum of v. Returns which copies it made."""
+    missing = [key for key in storage.entries(p, hyper) if key not in state]
+    copies = [key for key in missing if key in ("master", "ema")]
+    for key in missing:
+        dtype, *_ = storage.dtypes_of(key, p, hyper)
+        state[key] = torch.zeros_like(p, memory_format=torch.preserve_format, dtype=dtype)
+        if key in copies:
+            state[key].copy_(p.detach())
+    if hyper.method == "swd" and not hyper.amsgrad and "exp_avg_sq_sum" not in state:
+        v = state["exp_avg_sq"]
+        v = torch.view_as_real(v) if v.is_complex() else v
+        state["exp_avg_sq_sum"] = v.sum(dtype=torch.float64)
+    return copies
 
 
 def _exchange(p: Tensor, ema: Tensor, aside: dict[Tensor, Tensor]) -> None:
