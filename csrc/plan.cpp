@@ -233,7 +233,7 @@ py::object Plan::gather(const py::dict& state, const py::list& groups) {
 
     active_.push_back(static_cast<int32_t>(i));
     DLTensor view;
-    if (read(p.gradient.ptr(), view) && p.weight.same_order(view) &&
+    if (read(p.gradient.ptr(), view) && p.weight.same_order(view) && address(view) &&
         address(view) != p.weight.data() && !is_lazy(p.gradient.ptr(), view))
       p.gradient_data = address(view);
     else

@@ -113,7 +113,9 @@ Layout::Layout(const DLTensor& t)
   dtype_ = *known;
 }
 
-bool Layout::operator==(const DLTensor& t) const { return data_ == address(t) && same_order(t); }
+bool Layout::operator==(const DLTensor& t) const {
+  return data_ == address(t) && (data_ || elements_ == 0) && same_order(t);
+}
 
 bool Layout::same_order(const DLTensor& t) const {
   return t.dtype.code == type_.code && t.dtype.bits == type_.bits && same_elements(t);

@@ -40,6 +40,7 @@ class Layout {
   Layout() = default;
   explicit Layout(const DLTensor& tensor);
 
+  // Never of a tensor whose memory has been given back.
   bool operator==(const DLTensor& tensor) const;
 
   // Same element at the same offset: strides of dimensions of one element do not count.

@@ -542,6 +542,7 @@ class Captured:
         self.lr = torch.tensor(0.1, dtype=torch.float64)
         self.weight_decay = torch.tensor(0.2, dtype=torch.float64)
         group = self.optimizer.param_groups[0]
+        group["capturable"] = True
         live = {"lr": self.lr, "weight_decay": self.weight_decay}
         hyper: Hyper = from_group(kind._method, group)
         self.hyper = dataclasses.replace(hyper, lr=0.0, weight_decay=0.0, live=live)
@@ -621,9 +622,11 @@ def test_a_capture_needs_steps_before(gpu: emulated.Machine) -> None:
         optimizer.step()
 
 
-def test_a_capture_needs_capturable(gpu: emulated.Machine) -> None:
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_capture_needs_capturable(counted: bool, gpu: emulated.Machine) -> None:
+    """Without it lr and weight_decay would stay as they are, wherever steps are counted."""
     params = model()
-    optimizer = wd.AdamW(params, backend="native")
+    optimizer = wd.AdamW(params, backend="native", skip_nonfinite=counted)
     optimizer.step()
     gpu.capturing = True
     with pytest.raises(RuntimeError, match="capturable=True"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from variants import (
+    BACKENDS,
     METHODS,
     Variant,
+    Wrapper,
     anchors_of,
     assert_same_bits,
     bits,
@@ -28,6 +32,20 @@ import wdkernels as wd
 from wdkernels import checks, schedules
 from wdkernels.coefficients import from_group
 
+# Checks are the same for all, before one is chosen; not so what a plan sees of a tensor later.
+even_triton = pytest.mark.parametrize(
+    "backend",
+    [
+        *BACKENDS,
+        pytest.param(
+            "triton",
+            marks=pytest.mark.skipif(
+                not importlib.util.find_spec("triton") or torch.cuda.is_available(),
+                reason="in Triton's interpreter, on CPU tensors",
+            ),
+        ),
+    ],
+)
 OPTIMIZERS = {"l2": wd.Adam, "decoupled": wd.AdamW, "swd": wd.AdamSWD, "spd": wd.AdamSPD}
 SHAPES = [(3, 4), (7,), (2, 2)]
 every_optimizer = pytest.mark.parametrize("method", OPTIMIZERS)
@@ -247,7 +265,12 @@ STEPS: dict[str, tuple[Break, type[Exception], str]] = {
 # Hyper-parameters: what is wrong with each, by name, and what the message says.
 NUMBERS = [-0.1, math.nan, math.inf, -math.inf, "0.1", None, True, torch.tensor([0.1, 0.2])]
 NUMBERS += [torch.tensor(-1.0), torch.tensor(math.nan)]
+ELSEWHERE = torch.tensor(0.1, device="meta")  # as on a GPU: to read it would be to wait
+WAITS = "is a tensor on meta, for which the host would have to wait in every step: pass a number"
 VALUES: list[tuple[str, Any, str]] = [
+    *[(key, ELSEWHERE, f"{key} {WAITS}") for key in ("lr", "weight_decay", "eps", "ema_decay")],
+    ("betas", (ELSEWHERE, 0.9), rf"betas\[0\] {WAITS}"),
+    ("betas", (0.9, ELSEWHERE), rf"betas\[1\] {WAITS}"),
     *[(key, x, f"{key} must be") for key in ("lr", "weight_decay", "eps") for x in NUMBERS],
     *[("betas", (x, 0.9), r"betas\[0\] must be") for x in (*NUMBERS, 1.0, 1.5)],
     *[("betas", (0.9, x), r"betas\[1\] must be") for x in (*NUMBERS, 1.0, 1.5)],
@@ -266,6 +289,7 @@ VALUES: list[tuple[str, Any, str]] = [
 ]
 DECOUPLED_VALUES: list[tuple[str, Any, str]] = [
     *[("lr_max", x, "lr_max must be") for x in NUMBERS if x is not None],
+    ("lr_max", ELSEWHERE, f"lr_max {WAITS}"),
     ("decay_scale", "eta", "unknown decay_scale 'eta'; there are 'lr', 'relative_lr', 'corrected'"),
     ("decay_scale", None, "unknown decay_scale None"),
     ("cautious", 1, "cautious must be True or False"),
@@ -309,8 +333,189 @@ def test_a_step_validates_everything_before_it_writes_anything(
 
 @every_backend
 def test_a_sum_of_swd_in_another_precision(backend: str) -> None:
-    match = f"exp_avg_sq_sum of {LAST} must be float64, not torch.float32: delete it"
+    match = f"exp_avg_sq_sum of {LAST} has dtype torch.float32 but it must be torch.float64: delete"
     disturbed("swd", backend, in_state("exp_avg_sq_sum", Tensor.float), RuntimeError, match)
+
+
+def given_back(x: Tensor) -> Tensor:
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def inferred(x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return x.clone()
+
+
+def sparse(x: Tensor) -> Tensor:
+    return x.reshape(-1).to_sparse()
+
+
+def nested(x: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a prototype
+        return torch.nested.nested_tensor([x.reshape(-1)])
+
+
+# What may stand in a state without being of use to a step, by entry: of float32 weights with
+# averages, under SWD, whose sum is one of the entries.
+NO_MEMORY = "has no memory of its own: make it a plain tensor"
+ODD: list[tuple[str, Callable[[Tensor], Any], type[Exception], str]] = [
+    *[
+        (key, odd, error, f"{key} of {LAST}{match}")
+        for key in ("exp_avg", "exp_avg_sq", "ema")
+        for odd, error, match in (
+            (Wrapper, ValueError, f" is a Wrapper, which {NO_MEMORY}"),
+            (given_back, ValueError, " has been given back: allocate it again"),
+            (nested, ValueError, " must be a dense tensor, not nested"),
+            (sparse, ValueError, " must be a dense tensor, not torch.sparse_coo"),
+            (lambda x: x[:1, :1].expand(2, 2), RuntimeError, " holds several elements at one addr"),
+            (inferred, RuntimeError, r" was made in torch.inference_mode\(\), .*clone"),
+            (Tensor.bfloat16, RuntimeError, " has dtype torch.bfloat16 but the parameter has"),
+        )
+    ],
+    ("anchor", Wrapper, ValueError, f"anchor of {LAST} is a Wrapper, which {NO_MEMORY}"),
+    ("anchor", given_back, ValueError, f"anchor of {LAST} has been given back"),
+    ("anchor", nested, ValueError, f"anchor of {LAST} must be a dense tensor, not nested"),
+    *[
+        ("step", odd, RuntimeError, f"step of {LAST} must be .*, float32 or float64, not tensor")
+        for odd in (Tensor.half, Tensor.bfloat16, lambda x: x.to(torch.float8_e5m2))
+    ],
+    *[
+        ("step", odd, ValueError, rf"{LAST} has step (?s:.*): it must be a whole number")
+        for odd in (sparse, nested)
+    ],
+    ("step", Wrapper, ValueError, f"step of {LAST} is a Wrapper, which {NO_MEMORY}"),
+    ("step", given_back, ValueError, f"step of {LAST} has been given back"),
+    ("step", inferred, RuntimeError, f"step of {LAST} was made in torch.inference_mode"),
+    *[
+        ("exp_avg_sq_sum", odd, ValueError, f"exp_avg_sq_sum of {LAST} must be a tensor of one")
+        for odd in (sparse, nested, lambda _: 3.0)
+    ],
+    *[
+        ("exp_avg_sq_sum", odd, RuntimeError, f"exp_avg_sq_sum of {LAST} has {match}.*: delete it")
+        for odd, match in (
+            (lambda x: x.to("meta"), "device meta but it must be cpu"),
+            (lambda x: x.reshape(1), "ndim 1 but it must be 0"),
+        )
+    ],
+    ("exp_avg_sq_sum", Wrapper, ValueError, f"exp_avg_sq_sum of {LAST} is a Wrapper, which"),
+    ("exp_avg_sq_sum", given_back, ValueError, f"exp_avg_sq_sum of {LAST} has been given back"),
+]
+
+
+def odd_state_is_refused(
+    backend: str,
+    damage: Callable[[dict[str, Any], dict[str, Any]], Any],
+    error: type[Exception],
+    match: str,
+) -> None:
+    """`damage` is given the state of the last parameter and that of the one before."""
+    runs = []
+    for disturb in (False, True):
+        params = weights()
+        groups = [
+            {"params": params[:1]},
+            {"params": params[1:], "anchor": anchors_of(params[1:])},
+        ]
+        optimizer = wd.AdamSWD(groups, lr=0.1, backend=backend, ema_decay=0.5)
+        train(optimizer, params, range(2, 4))
+        for i, p in enumerate(params):
+            p.grad = gradient(p, i, 5)
+        if disturb:
+            state, before = optimizer.state[params[-1]], [p.clone() for p in params]
+            good = dict(state)
+            damage(state, optimizer.state[params[-2]])
+            with pytest.raises(error, match=match):
+                optimizer.step()
+            assert all(map(torch.equal, params, before))
+            state.clear()
+            state.update(good)
+        optimizer.step()
+        runs.append(snapshot(optimizer, params))
+    assert_same_bits(*runs)
+
+
+@even_triton
+@pytest.mark.parametrize(("key", "odd", "error", "match"), ODD)
+def test_an_odd_entry_of_a_state(
+    key: str, odd: Callable[[Tensor], Any], error: type[Exception], match: str, backend: str
+) -> None:
+    odd_state_is_refused(
+        backend, lambda state, _: state.update({key: odd(state[key])}), error, match
+    )
+
+
+@even_triton
+def test_entries_of_a_state_that_share_memory(backend: str) -> None:
+    """Each would be updated with what the other has become."""
+    own = rf"exp_avg of {LAST} and exp_avg_sq of {LAST} share memory and would be updated twice"
+    odd_state_is_refused(backend, lambda x, _: x.update(exp_avg_sq=x["exp_avg"]), RuntimeError, own)
+    others = rf"step of {LAST.replace('1', '0', 1)} and step of {LAST} share memory"
+    odd_state_is_refused(
+        backend, lambda x, other: x.update(step=other["step"]), RuntimeError, others
+    )
+
+
+@pytest.mark.parametrize("key", ["master", "compensation"])
+@every_backend
+def test_what_only_16_bits_need_beside_weights_that_were_widened(key: str, backend: str) -> None:
+    """As by model.float(), after which the weights are those that are rounded."""
+    w = torch.ones(3, dtype=torch.bfloat16)
+    mode = {"master": {"master_weights": True}, "compensation": {"rounding": "kahan"}}[key]
+    optimizer = wd.AdamW([w], lr=0.1, backend=backend, **mode)
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    w.data, w.grad = w.data.float(), None
+    w.grad = torch.ones_like(w)
+    match = f"parameter 0 of group 0 has {key}, which only weights of 16 bits have, .* float32: add"
+    refuse(optimizer, [w], optimizer.step, ValueError, match.replace(" float32", "torch.float32"))
+    del optimizer.state[w][key]
+    optimizer.step()
+
+
+@even_triton
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("what", ["the gradient of ", ""])
+def test_memory_that_has_been_given_back(what: str, stepped: bool, backend: str) -> None:
+    w = torch.ones(3)
+    optimizer = wd.AdamW([w], backend=backend)
+    w.grad = torch.ones(3)
+    if stepped:
+        optimizer.step()
+    (w.grad if what else w).untyped_storage().resize_(0)
+    match = f"the memory of {what}parameter 0 of group 0 has been given back: allocate it again"
+    with pytest.raises(RuntimeError, match=match):
+        optimizer.step()
+
+
+@even_triton
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_gradient_without_memory(stepped: bool, backend: str) -> None:
+    w = torch.ones(3)
+    optimizer = wd.AdamW([w], backend=backend)
+    w.grad = torch.ones(3)
+    if stepped:
+        optimizer.step()
+    w.grad = Wrapper(torch.ones(3))
+    match = f"the gradient of parameter 0 of group 0 is a Wrapper, which {NO_MEMORY}"
+    before = w.clone()
+    with pytest.raises(RuntimeError, match=match):
+        optimizer.step()
+    assert torch.equal(w, before)
+
+
+@every_backend
+def test_a_parameter_of_inference(backend: str) -> None:
+    with torch.inference_mode():
+        w = torch.ones(3)
+        w.grad = torch.ones(3)
+    optimizer = wd.AdamW([w], backend=backend)
+    match = r"parameter 0 of group 0 was made in torch.inference_mode\(\), .*clone"
+    refuse(optimizer, [w], optimizer.step, RuntimeError, match)
+    with torch.inference_mode():
+        optimizer.step()
 
 
 def test_a_step_count_on_a_device_is_not_read() -> None:
@@ -656,6 +861,23 @@ CORRUPT: dict[str, tuple[Damage, str]] = {
         f"exp_avg of {STATE_OF} is torch.complex64 but the parameter is torch.float32",
     ),
     "no tensor": (with_state(exp_avg="zeros"), f"exp_avg of {STATE_OF} must be a tensor, not str"),
+    **{
+        f"{what} {key}": (with_state(**{key: odd(x)}), f"{key} of {STATE_OF}{match}")
+        for key, x in (("exp_avg", torch.ones(2, 2)), ("anchor", torch.ones(2, 2)))
+        for what, odd, match in (
+            ("meta", lambda x: x.to("meta"), " is on the meta device, where there are no numbers"),
+            ("integers", Tensor.long, " is torch.int64, which moments and weights never are"),
+            ("nested", nested, " must be a dense tensor, not nested"),
+            ("without memory", Wrapper, f" is a Wrapper, which {NO_MEMORY}"),
+            ("given back", given_back, " has been given back: allocate it again"),
+        )
+    },
+    "meta step": (with_state(step=torch.ones((), device="meta")), "step of .* meta device"),
+    "sparse step": (
+        with_state(step=sparse(torch.ones(()))),
+        rf"{STATE_OF} has step (?s:.*): it must",
+    ),
+    "step without memory": (with_state(step=Wrapper(torch.ones(()))), f"step of .*{NO_MEMORY}"),
     **{
         f"step {step}": (
             with_state(step=step),

@@ -17,10 +17,10 @@ import torch
 from eager import LOUD
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
-from torch.utils._pytree import tree_map
 from variants import (
     METHODS,
     Variant,
+    Wrapper,
     anchors_of,
     assert_same_bits,
     every_backend,
@@ -840,32 +840,6 @@ def test_an_optimizer_that_its_parameter_reaches_is_freed() -> None:
     del p
     gc.collect()
     assert freed() is None
-
-
-class Wrapper(torch.Tensor):
-    """A tensor without memory of its own, like DTensor."""
-
-    inner: torch.Tensor
-
-    @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> Wrapper:
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
-
-    def __init__(self, inner: torch.Tensor) -> None:
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        def unwrap(x: Any) -> Any:
-            return x.inner if isinstance(x, cls) else x
-
-        def wrap(x: Any) -> Any:
-            return cls(x) if isinstance(x, torch.Tensor) else x
-
-        args, kwargs = tree_map(unwrap, (args, kwargs or {}))
-        return tree_map(wrap, function(*args, **kwargs))
 
 
 def test_tensors_without_memory_take_the_eager_formulas() -> None:

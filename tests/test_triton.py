@@ -788,6 +788,7 @@ class Capturable:
         self.lr = torch.tensor(hypers[0].lr, dtype=torch.float64, device=device)
         self.weight_decay = torch.tensor(hypers[0].weight_decay, dtype=torch.float64, device=device)
         live = {"lr": self.lr, "weight_decay": self.weight_decay}
+        groups[0]["capturable"] = True
         self._arguments = self.state, groups
         self.request = Request()
         self._plan = triton_backend.Plan(
@@ -841,6 +842,20 @@ def test_each_capture_needs_a_step_before(monkeypatch: pytest.MonkeyPatch) -> No
     before = snapshot(optimizer, params)
     optimizer.step()
     assert snapshot(optimizer, params)["step 0"] == before["step 0"] + 1 == 3
+
+
+def test_a_capture_needs_capturable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it lr and weight_decay would stay as they are, though the device counts the steps."""
+    params = [random(6, seed=i).to(DEVICE) for i in range(2)]
+    plain = Variant("decoupled").build(params, "eager")
+    optimizer = Capturable(plain, params)
+    train(optimizer, params, range(1))
+    before = snapshot(optimizer, params)
+    plain.param_groups[0]["capturable"] = False
+    monkeypatch.setattr(triton_backend, "_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="only join with capturable=True"):
+        optimizer.step()
+    assert_same_bits(snapshot(optimizer, params), before)
 
 
 @pytest.mark.parametrize("index", [0, 1, 4, 6], ids=lambda i: str(STORED[i]))

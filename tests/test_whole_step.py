@@ -23,6 +23,7 @@ from variants import (
     every_backend,
     every_method,
     gradient,
+    needs_native,
     random,
     saved,
     snapshot,
@@ -139,6 +140,33 @@ def test_grad_scaler_as_with_torch(backend: str) -> None:
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)  # float32, a few steps
 
 
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("again", [True, False], ids=["again", "without"])
+@every_backend
+def test_a_step_that_fails_keeps_nothing_of_a_grad_scaler(
+    backend: str, again: bool, unscaled: bool
+) -> None:
+    """The same step once more is unscaled once, and one without a scaler not at all."""
+    runs = []
+    for fails in (False, True):
+        w = torch.ones(3)
+        optimizer = wd.AdamW([w], lr=0.1, eps=1.0, backend=backend)
+        scaler: Any = torch.amp.GradScaler("cpu", init_scale=64.0)
+        scaler.scale(torch.ones(()))
+        w.grad = torch.full((3,), 32.0)
+        if unscaled:
+            scaler.unscale_(optimizer)
+        if fails:
+            optimizer.param_groups[0]["lr"] = -1.0
+            with pytest.raises(ValueError, match="lr must be"):
+                scaler.step(optimizer)
+            optimizer.param_groups[0]["lr"] = 0.1
+        scaler.step(optimizer) if again else optimizer.step()
+        runs.append(snapshot(optimizer, [w]))
+        assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
+    assert_same_bits(*runs)
+
+
 @every_backend
 def test_grad_scaler_without_gradients(backend: str) -> None:
     """It says that it found the number 0."""
@@ -227,15 +255,54 @@ def test_the_norm_is_of_unscaled_gradients_of_all_types(backend: str, dtype: tor
     assert optimizer.grad_norm is None
 
 
-def test_options_of_the_whole_are_checked_when_they_change() -> None:
+@pytest.mark.parametrize("before", [None, 1.0, torch.tensor(1.0)], ids=str)
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        (-1.0, "must be finite and >= 0, not -1"),
+        (torch.tensor(-1.0), "must be finite and >= 0, not -1"),
+        (torch.ones(2), "must be a number, not tensor"),
+        (torch.tensor(1.0, device="meta"), "is a tensor on meta, for which .*: pass a number"),
+    ],
+    ids=str,
+)
+def test_options_of_the_whole_are_checked_when_they_change(
+    before: Any, bad: Any, match: str
+) -> None:
     w = torch.ones(2)
-    optimizer = wd.AdamW([w], backend="eager")
+    optimizer = wd.AdamW([w], backend="eager", max_grad_norm=before)
     w.grad = torch.ones(2)
-    optimizer.max_grad_norm = -1.0
-    with pytest.raises(ValueError, match="max_grad_norm must be finite and >= 0, not -1"):
+    optimizer.max_grad_norm = bad
+    with pytest.raises(ValueError, match=f"max_grad_norm {match}"):
         optimizer.step()
     assert torch.equal(w, torch.ones(2))
     assert not optimizer.state[w]
+
+
+@needs_native
+def test_a_bound_that_changes_needs_no_new_plan() -> None:
+    w = torch.ones(2)
+    optimizer = wd.AdamW([w], backend="native", max_grad_norm=1.0)
+    w.grad = torch.ones(2)
+    optimizer.step()
+    plan = optimizer._plan
+    for bound in (0.5, None, torch.tensor(0.25)):
+        optimizer.max_grad_norm = bound
+        optimizer.step()
+        assert optimizer._plan is plan
+
+
+def test_a_tensor_that_bounds_the_norm_may_change_in_place() -> None:
+    w = torch.ones(2)
+    limit = torch.tensor(1.0)
+    optimizer = wd.AdamW([w], backend="eager", max_grad_norm=limit)
+    w.grad = torch.ones(2)
+    optimizer.step()
+    limit.fill_(-1.0)
+    before = w.clone()
+    with pytest.raises(ValueError, match="max_grad_norm must be finite and >= 0, not -1"):
+        optimizer.step()
+    assert torch.equal(w, before)
 
 
 # ---- gradients and bad steps ---------------------------------------------------------------------
@@ -295,6 +362,11 @@ def test_a_step_without_a_finite_norm_is_skipped(
     assert expected.skipped_steps == 0
     assert seen == [1, 1, 2, 2]
     assert {(x.dtype, x.shape) for x in seen} == {(torch.int64, ())}
+
+
+def test_skipped_steps_stand_beside_the_weights_from_the_beginning() -> None:
+    skipped = wd.AdamW([torch.ones(2, device="meta")]).skipped_steps
+    assert (skipped.device.type, skipped.dtype, skipped.shape) == ("meta", torch.int64, ())
 
 
 @every_backend
@@ -397,6 +469,50 @@ def test_averages_in_and_out(backend: str, dtype: torch.dtype, mode: dict[str, A
     train(optimizer, params, range(2, 4))
     train(*runs, range(2, 4))
     assert_same_bits(snapshot(optimizer, params), snapshot(*runs))
+
+
+@every_mode
+@every_backend
+def test_weights_come_back_that_no_step_has_stored(
+    backend: str, dtype: torch.dtype, mode: dict[str, Any]
+) -> None:
+    """Loaded into the model since, say: a master copy or a compensation does not know of them."""
+    params = weights(dtype)
+    optimizer = wd.AdamW(params, lr=0.1, backend=backend, ema_decay=0.5, **mode)
+    train(optimizer, params, range(2))
+    for i, p in enumerate(params):
+        p.data.copy_(random(*p.shape, seed=90 + i, dtype=dtype))
+    before = snapshot(optimizer, params)
+    with optimizer.ema_weights():
+        assert not torch.equal(params[0], before["weight 0"])
+    assert_same_bits(snapshot(optimizer, params), before)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@every_backend
+def test_averages_of_a_state_dict_without_them(backend: str, known: bool) -> None:
+    """Its options count: saved without averages they end, and may begin again. A group that was
+    saved before there was the option says nothing of it."""
+    params = weights()
+    plain = wd.AdamW(params, lr=0.1, backend=backend)
+    train(plain, params, range(2, 3))
+    checkpoint = saved(plain.state_dict())
+    if not known:
+        del checkpoint["param_groups"][0]["ema_decay"]
+    optimizer = wd.AdamW(params, lr=0.1, backend=backend, ema_decay=0.5)
+    train(optimizer, params, range(3, 4))
+    optimizer.load_state_dict(checkpoint)
+    (group,) = optimizer.param_groups
+    assert group["ema_decay"] == (None if known else 0.5)
+    if known:
+        assert "ema" not in optimizer.state[params[0]]
+        train(optimizer, params, range(4, 5))
+        assert "ema" not in optimizer.state[params[0]]
+        group["ema_decay"] = 0.5
+    before = params[0].detach().clone()
+    train(optimizer, params, range(5, 6))
+    expected = torch.lerp(before, params[0].detach(), 0.5)
+    assert torch.equal(optimizer.state[params[0]]["ema"], expected)
 
 
 INSIDE: dict[str, Callable[[Any], Any]] = {

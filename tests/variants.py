@@ -10,6 +10,7 @@ import pytest
 import torch
 from eager import LOUD, Eager
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import wdkernels as wd
 from wdkernels import native, schedules
@@ -180,3 +181,29 @@ def bits(x: Tensor) -> Tensor:
     return x.contiguous().view(
         {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     )
+
+
+class Wrapper(Tensor):
+    """A tensor without memory of its own, like DTensor."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        def unwrap(x: Any) -> Any:
+            return x.inner if isinstance(x, cls) else x
+
+        def wrap(x: Any) -> Any:
+            return cls(x) if isinstance(x, Tensor) else x
+
+        args, kwargs = tree_map(unwrap, (args, kwargs or {}))
+        return tree_map(wrap, function(*args, **kwargs))

@@ -5,7 +5,7 @@ A step calls these before it writes anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from wdkernels.coefficients import Hyper
 State = dict[str, Any]
 
 _ENTRIES = ("step", *storage.ALIKE, "exp_avg_sq_sum")
+_COUNTERS = (torch.float32, torch.float64)  # 16 bits would not count beyond 256, or 2048
 
 
 def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
@@ -38,9 +39,9 @@ def check_parameter(p: Tensor, name: str) -> None:
         )
 
 
-def check_memory(params: Sequence[Tensor], names: Sequence[str]) -> None:
-    """No element may belong to two parameters, or twice to one."""
-    shared = layouts.overlapping(params)
+def check_memory(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
+    """No element may belong to two tensors that a step writes, or twice to one."""
+    shared = layouts.overlapping(tensors)
     if shared is None:
         return
     first, second = (names[i] for i in shared)
@@ -64,6 +65,9 @@ def check_gradient(p: Tensor, name: str) -> None:
             f"the gradient of {name} is sparse ({g.layout}): use a dense one "
             "(for an embedding, sparse=False), or torch.optim.SparseAdam"
         )
+    _check_has_memory(p, p, name, RuntimeError)
+    _check_has_memory(g, p, f"the gradient of {name}", RuntimeError)
+    _check_writable(p, name)
     for what in ("shape", "dtype", "device"):
         has, needs = getattr(g, what), getattr(p, what)
         if has != needs:
@@ -131,6 +135,9 @@ def check_state(p: Tensor, state: Any, hyper: Hyper, name: str) -> None:
                 f"{', '.join(map(str, state))}): it belongs to another kind of optimizer or is "
                 "damaged"
             )
+    for key in _ENTRIES:
+        if isinstance(state.get(key), Tensor):
+            _check_has_memory(state[key], p, f"{key} of {name}", ValueError)
     if "exp_avg_sq_sum" in state and not _is_number(state["exp_avg_sq_sum"]):
         raise ValueError(
             f"exp_avg_sq_sum of {name} must be a tensor of one number, not "
@@ -141,8 +148,9 @@ def check_state(p: Tensor, state: Any, hyper: Hyper, name: str) -> None:
             continue
         if not isinstance(state[key], Tensor):
             raise ValueError(f"{key} of {name} must be a tensor, not {type(state[key]).__name__}")
-        if state[key].layout != torch.strided:
-            raise ValueError(f"{key} of {name} must be a dense tensor, not {state[key].layout}")
+        if not _is_dense(state[key]):
+            kind = "nested" if state[key].is_nested else state[key].layout
+            raise ValueError(f"{key} of {name} must be a dense tensor, not {kind}")
         if state[key].shape != p.shape:
             raise ValueError(
                 f"{key} of {name} has shape {tuple(state[key].shape)} but the parameter has "
@@ -163,6 +171,20 @@ def check_saved_state(p: Tensor, state: Any, hyper: Hyper, name: str) -> None:
             f"the state of {name} has {', '.join(unknown)}, which neither Adam nor AdamW knows: it "
             "belongs to another kind of optimizer"
         )
+    for key in _ENTRIES:
+        x = state.get(key)
+        if not isinstance(x, Tensor):
+            continue
+        if x.is_meta and not p.is_meta:
+            raise ValueError(
+                f"{key} of {name} is on the meta device, where there are no numbers: save the "
+                "state of an optimizer that has them"
+            )
+        if key in storage.ALIKE and not (x.is_floating_point() or x.is_complex()):
+            raise ValueError(
+                f"{key} of {name} is {x.dtype}, which moments and weights never are: it belongs to "
+                "another kind of optimizer or is damaged"
+            )
     if "step" in state:
         _check_step(state["step"], name)
     if "exp_avg_sq_sum" in state and not state["exp_avg_sq_sum"].item() >= 0:
@@ -176,29 +198,51 @@ def check_live_state(p: Tensor, state: Mapping[str, Any], hyper: Hyper, name: st
     """Of a state in use, the dtypes and devices count as well."""
     check_state(p, state, hyper, name)
     check_kept(p, state, hyper, name)
-    step = state.get("step")
-    if isinstance(step, Tensor) and not step.is_cpu:  # to read it would be to wait for its device
-        if step.device.type != p.device.type:
+    for key in ("master", "compensation"):
+        if key in state and p.dtype not in storage.NARROW:
+            raise ValueError(
+                f"the state of {name} has {key}, which only weights of 16 bits have, and these are "
+                f"{p.dtype}: add what it holds to them if it still counts, and delete "
+                f"state[parameter][{key!r}]"
+            )
+    if "step" in state:
+        step = state["step"]
+        if not isinstance(step, Tensor) or step.is_cpu:
+            _check_step(step, name)
+        elif step.device.type != p.device.type:  # to read it there is to wait for the device
             raise RuntimeError(f"step of {name} is on {step.device}: move it to the CPU")
-    elif "step" in state:
-        _check_step(step, name)
-    if "step" in state and not _is_number(state["step"]):
-        raise RuntimeError(
-            f"step of {name} must be a floating-point tensor of one number, not {state['step']!r}"
-        )
-    if "exp_avg_sq_sum" in state and state["exp_avg_sq_sum"].dtype != torch.float64:
-        raise RuntimeError(
-            f"exp_avg_sq_sum of {name} must be float64, not {state['exp_avg_sq_sum'].dtype}: "
-            "delete it, and it is taken anew"
-        )
+        if not (_is_number(step) and step.dtype in _COUNTERS):
+            raise RuntimeError(
+                f"step of {name} must be a floating-point tensor of one number, float32 or "
+                f"float64, not {step!r}"
+            )
+    if "exp_avg_sq_sum" in state:
+        kept = state["exp_avg_sq_sum"]
+        wanted = {"dtype": torch.float64, "device": p.device, "ndim": 0}
+        for attribute, needs in wanted.items():
+            if getattr(kept, attribute) != needs:
+                raise RuntimeError(
+                    f"exp_avg_sq_sum of {name} has {attribute} {getattr(kept, attribute)} but it "
+                    f"must be {needs}: delete it, and it is taken anew"
+                )
     for key in storage.ALIKE:
         if key in state:
             dtypes = storage.dtypes_of(key, p, hyper)
             _check_alike(state[key], p, dtypes, f"{key} of {name}", RuntimeError)
+    for what, x in written(state, name):
+        _check_writable(x, what)
+
+
+def written(state: Mapping[str, Any], name: str) -> Iterator[tuple[str, Tensor]]:
+    """What a step writes of a state: all but the anchor, each with its name in messages."""
+    for key in _ENTRIES:
+        if key in state and key != "anchor":
+            yield f"{key} of {name}", state[key]
 
 
 def _check_step(step: Any, name: str) -> None:
-    number = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
+    readable = isinstance(step, Tensor) and _is_dense(step) and step.numel() == 1
+    number = step.item() if readable else step
     if not (type(number) in (int, float) and number >= 0 and number % 1 == 0):
         raise ValueError(f"the state of {name} has step {step!r}: it must be a whole number >= 0")
 
@@ -253,5 +297,30 @@ def check_saved_rounding(saved: Mapping[str, Any], group: Mapping[str, Any], ind
             )
 
 
+def _check_has_memory(x: Tensor, p: Tensor, what: str, error: type[Exception]) -> None:
+    """What goes with a parameter that has memory of its own must have some too."""
+    if not layouts.has_memory(p) or x.is_meta:
+        return
+    if not layouts.has_memory(x):
+        raise error(
+            f"{what} is a {type(x).__name__}, which has no memory of its own: make it a plain "
+            "tensor, as the parameter is"
+        )
+    if _is_dense(x) and x.numel() > 0 and x.data_ptr() == 0:
+        raise error(f"the memory of {what} has been given back: allocate it again first")
+
+
+def _check_writable(x: Tensor, what: str) -> None:
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{what} was made in torch.inference_mode(), outside of which torch does not write it: "
+            "make it a tensor of its own with .clone()"
+        )
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.layout == torch.strided and not x.is_nested
+
+
 def _is_number(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.numel() == 1 and x.is_floating_point()
+    return isinstance(x, Tensor) and _is_dense(x) and x.numel() == 1 and x.is_floating_point()

@@ -157,9 +157,10 @@ def from_group(method: str, group: Mapping[str, Any], counted: bool = False) -> 
         raise ValueError(f"seed must be an int in [0, 2**32), not {seed!r}")
 
     lr = 0.0 if "lr" in live else _number(group["lr"], "lr")
-    # None only in a group that is being made.
     given = group.get("lr_max", lr)
-    lr_max = _number(group["lr"] if given is None else given, "lr_max")
+    if given is None:  # only in a group that is being made: so this waits for a device once
+        given = live["lr"].item() if "lr" in live else lr
+    lr_max = _number(given, "lr_max")
     if decay_scale != "lr" and lr_max == 0:
         raise ValueError(
             f"decay_scale {decay_scale!r} divides by lr_max, the largest learning rate of the "
@@ -214,9 +215,14 @@ def _ema_decay(value: Any) -> float | schedules.Schedule | None:
 
 
 def _number(value: Any, name: str, below: float = math.inf) -> float:
-    """A finite number >= 0 and < `below`; a tensor of one element counts as a number."""
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
+    """A finite number >= 0 and < `below`; a tensor of one element counts as one, on the CPU."""
+    if isinstance(value, torch.Tensor):
+        if not value.is_cpu:
+            raise ValueError(
+                f"{name} is a tensor on {value.device}, for which the host would have to wait in "
+                "every step: pass a number"
+            )
+        value = value.item() if value.numel() == 1 else value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's are among them
         raise ValueError(f"{name} must be a number, not {value!r}")
     try:

@@ -72,7 +72,6 @@ class Plan:
             device=self._device.index or 0,
             memory=DeviceMemory(self._device) if self._on_gpu else None,
         )
-        self._capturable = [hyper.live is not None for hyper in hypers]
         for index, hyper in enumerate(hypers):
             self.set_hyper(index, hyper)
         for position, p in enumerate(parameters):
@@ -93,7 +92,8 @@ class Plan:
     ) -> bool:
         """One optimizer step; False, with nothing done, if the plan is out of date."""
         stream, capturing = _stream_of(self._device) if self._on_gpu else (0, False)
-        if capturing and not all(self._capturable):
+        # Steps may be counted on the device without: a graph would repeat the host's lr and decay.
+        if capturing and not all(group["capturable"] for group in param_groups):
             raise RuntimeError(
                 "a CUDA graph is being captured, which a step can only join if every param group "
                 "has capturable=True"

@@ -9,7 +9,8 @@
 Each class below says where its decay enters. All of them take, like torch.optim.Adam:
 
     lr, betas, eps, weight_decay
-                 numbers >= 0, betas below 1; lr and weight_decay may be 0-d tensors
+                 numbers >= 0, betas below 1; 0-d tensors on the CPU count as such, and are read
+                 at each step
     amsgrad      max(v) over the steps so far takes v's place in u (Reddi et al. 2018)
     maximize     ascent: g is negated first
     capturable   for CUDA graphs: steps are counted on the GPU, and lr and weight_decay, if they are
@@ -55,7 +56,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from operator import itemgetter
+from operator import is_, itemgetter
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict
 
@@ -141,7 +142,7 @@ class _Adam(torch.optim.Optimizer):
     _checked_memory: list[Any]
     _calls: int
     _scaled: bool  # a GradScaler has been seen
-    _checked: tuple[Any, ...] | None  # the whole optimizer's options, when they were looked at
+    _checked: tuple[Any, Any, Any]  # the whole optimizer's options, when they were looked at
     _skipped: Tensor | None
     _provisional: list[tuple[Tensor, str]]  # copies of weights that may not have arrived yet
     _grad_norm: Tensor | None
@@ -334,6 +335,17 @@ class _Adam(torch.optim.Optimizer):
 
         Returns what `closure` returned, which is called first, with gradients enabled.
         """
+        try:
+            return self._step(closure)
+        except BaseException:
+            # A GradScaler takes back what it has set for this step only if the step returns. What
+            # it left would unscale steps without it, and those with it a second time.
+            if "found_inf" in vars(self):
+                for name in ("grad_scale", "found_inf"):
+                    vars(self).pop(name, None)
+            raise
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         self._refuse_swapped("step()")
         loss = None
         if closure is not None:
@@ -352,7 +364,7 @@ class _Adam(torch.optim.Optimizer):
     def _request(self) -> Request:
         """What is asked of this step. Its tensors are new: nobody waits for those of the last."""
         options = self.max_grad_norm, self.skip_nonfinite, self.telemetry_every
-        if options != self._checked:
+        if not all(map(is_, options, self._checked)):  # == may wait for a device, or have no answer
             self._check_whole()
         # GradScaler sets both for this step, found_inf to the number 0 if there are no gradients.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -361,7 +373,7 @@ class _Adam(torch.optim.Optimizer):
             self._forget()
         if options == (None, False, None) and grad_scale is None and found_inf is None:
             return _NOTHING
-        device = next((p.device for *_, p in self._places()), torch.device("cpu"))
+        device = self._device()
         norm = options[:2] != (None, False)
         if self.skip_nonfinite or found_inf is not None:
             before = self._skipped
@@ -390,8 +402,9 @@ class _Adam(torch.optim.Optimizer):
         every = self.telemetry_every
         if every is not None and (type(every) is not int or every < 1):
             raise ValueError(f"telemetry_every must be None or an int >= 1, not {every!r}")
+        if self.skip_nonfinite is not self._checked[1]:
+            self._forget()  # it decides where steps are counted
         self._checked = self.max_grad_norm, self.skip_nonfinite, self.telemetry_every
-        self._forget()
 
     def _active_parameters(self) -> list[tuple[str, Tensor, str]]:
         """Name, parameter and method of those that have a gradient. No two have the same name."""
@@ -431,6 +444,10 @@ class _Adam(torch.optim.Optimizer):
             raise RuntimeError("tensors changed while the step was being prepared")
         self._plan = plan
 
+    def _device(self) -> torch.device:
+        """Where the numbers of the whole step stand: that of the first parameter."""
+        return next((p.device for *_, p in self._places()), torch.device("cpu"))
+
     def _places(self) -> Iterator[tuple[int, int, dict[str, Any], Tensor]]:
         """Every parameter, with its group and its place there."""
         for i, group in enumerate(self.param_groups):
@@ -451,57 +468,40 @@ class _Adam(torch.optim.Optimizer):
 
     def _checked_groups(self) -> list[reference.Group]:
         """The parameters that have a gradient, after a look at everything a step relies on."""
-        params, names = [], []
+        tensors, names = [], []
         groups = [reference.Group(hyper, [], [], [], []) for hyper in self._hypers.values()]
         for index, (i, k, group, p) in enumerate(self._places()):
             name = checks.name_of(group, i, k)
+            state = self.state.get(p, {})
             checks.check_parameter(p, name)
-            if layouts.has_memory(p):
-                params.append(p)
-                names.append(name)
             checks.check_gradient(p, name)
-            checks.check_live_state(p, self.state.get(p, {}), self._hypers[i], name)
+            checks.check_live_state(p, state, self._hypers[i], name)
+            if layouts.has_memory(p):
+                for what, x in ((name, p), *checks.written(state, name)):
+                    tensors.append(x)
+                    names.append(what)
             if p.grad is None:
                 continue
             groups[i].params.append(p)
             groups[i].grads.append(p.grad)
             groups[i].indices.append(index)
-        memory = [(p.data_ptr(), p.shape, p.stride()) for p in params]
+        memory = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
         if memory != self._checked_memory:
-            checks.check_memory(params, names)
+            checks.check_memory(tensors, names)
             self._checked_memory = memory
         return groups
 
     def _complete_state(self, p: Tensor, hyper: Hyper, provisional: bool = False) -> dict[str, Any]:
-        """A parameter's state, with what it lacks added. Missing moments are zero.
+        """A parameter's state, made what a step needs.
 
         `provisional`: before a step; a model's own checkpoint may be loaded before the first one.
         """
         state: dict[str, Any] = self.state[p]
-        # As torch.optim: on the CPU, where the host reads it each step, unless that is not to wait.
-        device = torch.device("cpu") if hyper.live is None else p.device
-        if "step" not in state:
-            wide = torch.get_default_dtype() == torch.float64
-            state["step"] = torch.zeros(
-                (), dtype=torch.float64 if wide else torch.float32, device=device
-            )
-        elif state["step"].device != device:  # capturable has been switched
-            state["step"] = state["step"].to(device)
-        for key in storage.entries(p, hyper):
-            if key not in state:
-                dtype, *_ = storage.dtypes_of(key, p, hyper)
-                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format, dtype=dtype)
-                if key in ("master", "ema"):
-                    state[key].copy_(p.detach())
-                    self._provisional += [(p, key)] if provisional else []
-        if hyper.ema_decay is None:
-            state.pop("ema", None)  # no longer kept up
-        if hyper.amsgrad:
-            state.pop("exp_avg_sq_sum", None)  # no longer kept up
-        elif hyper.method == "swd" and "exp_avg_sq_sum" not in state:
-            v = state["exp_avg_sq"]
-            v = torch.view_as_real(v) if v.is_complex() else v
-            state["exp_avg_sq_sum"] = v.sum(dtype=torch.float64)
+        _place_step(state, p, hyper)
+        _drop_what_is_not_kept_up(state, hyper)
+        copies = _add_what_is_missing(state, p, hyper)
+        if provisional:
+            self._provisional += [(p, key) for key in copies]
         return state
 
     def _renew(self) -> None:
@@ -515,16 +515,17 @@ class _Adam(torch.optim.Optimizer):
     @property
     def grad_norm(self) -> Tensor | None:
         """The global norm of the last step's gradients, unscaled and before clipping: 0-d, float64,
-        on the parameters' device. None without max_grad_norm and skip_nonfinite."""
+        on the first parameter's device. None without max_grad_norm and skip_nonfinite."""
         return self._grad_norm
 
     @property
     def skipped_steps(self) -> Tensor:
         """How many calls of `step` were skipped since construction, or since a state dict was
-        loaded: 0-d, int64, on the parameters' device; because of `skip_nonfinite`, or because a
-        GradScaler found an overflow."""
-        none = torch.zeros((), dtype=torch.int64)
-        return none if self._skipped is None else self._skipped.clone()
+        loaded: because of `skip_nonfinite`, or because a GradScaler found an overflow. 0-d, int64,
+        on the first parameter's device."""
+        if self._skipped is None:
+            return torch.zeros((), dtype=torch.int64, device=self._device())
+        return self._skipped.clone()
 
     def telemetry(self) -> Telemetry:
         """The quantities of the last measured step; RuntimeError if there was none."""
@@ -550,8 +551,10 @@ class _Adam(torch.optim.Optimizer):
                 evaluate(model)
 
         Values are exchanged in place, a parameter at a time. Weights of 16 bits, whose averages
-        are float32, are set aside meanwhile. A parameter that has not been updated yet stays as it
-        is. Neither `step` nor `state_dict` can be called in here.
+        are float32, are set aside meanwhile, 2 bytes each: they come back as they were, whatever
+        has been done to them since the last step, which master weights would not know. A parameter
+        that has not been updated yet stays as it is. Neither `step` nor `state_dict` can be called
+        in here.
         """
         self._refuse_swapped("ema_weights()")
         if all(group["ema_decay"] is None for group in self.param_groups):
@@ -587,7 +590,9 @@ class _Adam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch.optim.Adam / AdamW.
 
-        Tensors are copied. A group's options come from the state dict; those it does not know (a
+        Tensors are copied. A group's options come from the state dict, as in torch.optim: one that
+        was saved with ema_decay=None goes on without averages, and they begin anew, as the weights
+        of that moment, if ema_decay is set in the group again. Options that it does not know (a
         torch optimizer's knows neither anchor nor schedule) stay as they are. ValueError, with
         nothing changed, if it does not fit, or if its weight_decay is L2 where this one's is
         decoupled or the other way round.
@@ -644,14 +649,16 @@ class _Adam(torch.optim.Optimizer):
         for entry in _OURS:
             state.pop(entry, None)
         if "step" in saved:
-            state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).cpu().clone()
+            step = torch.as_tensor(saved["step"], dtype=torch.float32).detach().cpu()
+            state["step"] = step.reshape(()).clone()
         wanted = (*storage.entries(p, hyper), "max_exp_avg_sq", "anchor", "ema")
         for key in storage.ALIKE:
             if key in saved and key in wanted:
                 dtype = _fitting(saved[key], storage.dtypes_of(key, p, hyper))
-                state[key] = saved[key].to(p.device, dtype, copy=True)
+                state[key] = saved[key].detach().to(p.device, dtype, copy=True)
         if hyper.method == "swd" and "exp_avg_sq_sum" in saved:
-            state["exp_avg_sq_sum"] = saved["exp_avg_sq_sum"].to(p.device, torch.float64, copy=True)
+            kept = saved["exp_avg_sq_sum"].detach().to(p.device, torch.float64, copy=True)
+            state["exp_avg_sq_sum"] = kept.reshape(())
         if state.get("step") == 0:  # so they are no more than copies
             self._provisional += [(p, key) for key in ("master", "ema") if key in state]
         self._complete_state(p, hyper, provisional=True)
@@ -740,7 +747,7 @@ class _Adam(torch.optim.Optimizer):
         """Nothing has been done yet."""
         self._calls = 0
         self._scaled = False
-        self._checked = None
+        self._checked = None, False, None
         self._skipped = None
         self._provisional = []
         self._grad_norm = None
@@ -768,6 +775,41 @@ def _by_torch(group: dict[str, Any]) -> bool:
 
 def _fitting(x: Tensor, dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return x.dtype if x.dtype in dtypes else dtypes[0]
+
+
+def _place_step(state: dict[str, Any], p: Tensor, hyper: Hyper) -> None:
+    """As torch.optim: on the CPU, where the host reads it each step, unless that is not to wait."""
+    device = torch.device("cpu") if hyper.live is None else p.device
+    if "step" not in state:
+        wide = torch.get_default_dtype() == torch.float64
+        dtype = torch.float64 if wide else torch.float32
+        state["step"] = torch.zeros((), dtype=dtype, device=device)
+    elif state["step"].device != device:  # capturable has been switched
+        state["step"] = state["step"].to(device)
+
+
+def _drop_what_is_not_kept_up(state: dict[str, Any], hyper: Hyper) -> None:
+    """Options may change in a run; what is needed again later is then made anew."""
+    if hyper.ema_decay is None:
+        state.pop("ema", None)
+    if hyper.amsgrad:
+        state.pop("exp_avg_sq_sum", None)
+
+
+def _add_what_is_missing(state: dict[str, Any], p: Tensor, hyper: Hyper) -> list[str]:
+    """Moments of zeros, copies of the weight, SWD's sum of v. Returns which copies it made."""
+    missing = [key for key in storage.entries(p, hyper) if key not in state]
+    copies = [key for key in missing if key in ("master", "ema")]
+    for key in missing:
+        dtype, *_ = storage.dtypes_of(key, p, hyper)
+        state[key] = torch.zeros_like(p, memory_format=torch.preserve_format, dtype=dtype)
+        if key in copies:
+            state[key].copy_(p.detach())
+    if hyper.method == "swd" and not hyper.amsgrad and "exp_avg_sq_sum" not in state:
+        v = state["exp_avg_sq"]
+        v = torch.view_as_real(v) if v.is_complex() else v
+        state["exp_avg_sq_sum"] = v.sum(dtype=torch.float64)
+    return copies
 
 
 @torch.no_grad()

@@ -162,7 +162,10 @@ class Plan:
             return False
         found = [tensor.grad for tensor in self._all]
         active = [i for i, gradient in enumerate(found) if gradient is not None]
-        if _capturing() and (active != self._active or any(h.live is None for h in self._hypers)):
+        # Steps may be counted on the device without: a graph would repeat the host's lr and decay.
+        if _capturing() and not (
+            active == self._active and all(group["capturable"] for group in param_groups)
+        ):
             raise RuntimeError(
                 "a CUDA graph is being captured, which a step can only join with capturable=True, "
                 "and after steps outside of it with the same parameters"
@@ -260,6 +263,7 @@ class Plan:
         regular = (
             {torch.strided} >= {*map(attrgetter("layout"), gradients)}
             and all(map(eq, _answers(_ORDER, gradients), self._orders))
+            and all(map(Tensor.data_ptr, gradients))  # 0: there is no memory, or are no elements
             # Only a view of a complex tensor, or of one element of it, can be lazy and yet dense.
             and not any(gradients[k].is_conj() or gradients[k].is_neg() for k in self._maybe_lazy)
         )
@@ -291,6 +295,8 @@ def _member(p: Parameter, weight: Tensor, hyper: Hyper) -> _Member | None:
     if hyper.anchored:
         keys.append("anchor")
     if p.state is None or not p.state.keys() >= set(keys):
+        return None
+    if weight.numel() > 0 and weight.data_ptr() == 0:
         return None
 
     streams = {key: p.state[key] for key in keys}
