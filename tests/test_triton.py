@@ -20,10 +20,13 @@ from torch import Tensor
 from variants import (
     METHODS,
     VARIANTS,
+    Edge,
     Variant,
     anchors_of,
+    assert_as_at,
     assert_same_bits,
     bits,
+    every_edge,
     gradient,
     needs_native,
     random,
@@ -490,6 +493,13 @@ def test_a_skipped_step_writes_nothing(method: str, bad: float) -> None:
     assert optimizer.skipped_steps.item() == 1
     assert optimizer.grad_norm.isfinite()
     assert {optimizer.state[p]["step"].item() for p in params} == {2.0}
+
+
+@every_edge
+@pytest.mark.parametrize("method", METHODS)
+def test_edges(method: str, edge: Edge) -> None:
+    for dtype in DTYPES:
+        assert_as_at(edge, method, "triton", dtype, DEVICE)
 
 
 def test_max_norm_may_change_and_be_left_out() -> None:
