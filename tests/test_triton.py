@@ -488,7 +488,7 @@ def test_a_skipped_step_writes_nothing(method: str, bad: float) -> None:
     assert_same_bits(snapshot(optimizer, params), before)
     assert optimizer.skipped_steps.item() == 1
     assert not optimizer.grad_norm.isfinite()
-    assert (optimizer._measured[1] == 0).all()
+    assert optimizer._measured[1].isnan().all()
     train(optimizer, params, range(1, 2))
     assert optimizer.skipped_steps.item() == 1
     assert optimizer.grad_norm.isfinite()

@@ -710,13 +710,26 @@ def test_edges(variant: Variant, backend: str, edge: Edge, dtype: torch.dtype) -
     assert_as_at(edge, variant.method, backend, dtype)
 
 
+@pytest.mark.parametrize("cause", ["found_inf", "skip_nonfinite", "both"])
 @every_backend
-def test_a_skipped_step_has_nothing_to_tell(backend: str) -> None:
+@every_method
+def test_a_skipped_step_has_nothing_to_tell(variant: Variant, backend: str, cause: str) -> None:
     w = torch.ones(2)
-    optimizer = wd.AdamW([w], backend=backend, telemetry_every=1, skip_nonfinite=True)
+    optimizer = variant.build([w], backend, telemetry_every=1, skip_nonfinite=cause != "found_inf")
     w.grad = torch.tensor([1.0, math.nan])
+    scaled(optimizer, 2.0, float(cause != "skip_nonfinite"))
     optimizer.step()
-    assert optimizer.telemetry()["0.0"]["weight_norm"] == 0
+    assert optimizer.skipped_steps == 1
+    assert torch.equal(w, torch.ones(2))
+    told = optimizer.telemetry().to_dict()
+    assert list(told) == ["0.0", "total"]
+    assert all(math.isnan(value) for row in told.values() for value in row.values())
+
+    w.grad = torch.ones(2)
+    scaled(optimizer, 2.0)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert optimizer.telemetry().total["weight_norm"] == pytest.approx(math.sqrt(2))
 
 
 @every_backend
