@@ -122,8 +122,8 @@ struct Request {
 
 // Numbers that all tensors share.
 struct Whole {
+  double unscale = 1;      // of the gradients: undoes a GradScaler's scale
   double scale = 1;        // of the gradients: unscaled and clipped
-  double clip = 1;         // the share of it that is clipping
   double grad_norm = 0;    // unscaled, before clipping
   double mean_square = 0;  // SWD's V
   bool skip = false;       // nothing is to be updated, or counted
@@ -133,16 +133,15 @@ struct Whole {
 // torch.nn.utils.clip_grad_norm_. A norm that is NaN makes everything NaN.
 WDK_INLINE Whole whole_of(const Request& r, double squares) {
   Whole whole;
-  if (r.grad_scale.data) whole.scale = 1 / r.grad_scale.get();
+  if (r.grad_scale.data) whole.scale = whole.unscale = 1 / r.grad_scale.get();
   if (r.found_inf.data) whole.skip = r.found_inf.get() != 0;
   if (r.needs_norm()) {
     whole.grad_norm = whole.scale * std::sqrt(squares);
     if (r.skip_nonfinite && !(whole.grad_norm - whole.grad_norm == 0)) whole.skip = true;
     if (r.max_norm < INFINITY) {
       const double share = r.max_norm / (whole.grad_norm + 1e-6);
-      whole.clip = share > 1 ? 1 : share;
+      if (!(share > 1)) whole.scale *= share;
     }
-    whole.scale *= whole.clip;
   }
   return whole;
 }
@@ -186,16 +185,18 @@ WDK_INLINE double projection_ratio(const ProjectionSums& sums) {
 
 constexpr int kTelemetry = 12;  // numbers of a tensor: COLUMNS of wdkernels/telemetry.py
 
-// A tensor's row of the table, from its sums; `projection` is null but for SPD.
-WDK_INLINE void write_telemetry(double* row, const MeasuredSums& sums,
+// A tensor's row of the table, from its sums, `squares` that of g^2 as the gradients are; `projection`
+// is null but for SPD.
+WDK_INLINE void write_telemetry(double* row, const MeasuredSums& sums, double squares,
                                 const ProjectionSums* projection, double lr, const Hyper& h,
                                 const Numbers& numbers, const Whole& whole) {
   const Coefficients<double> c = joined(h, numbers, whole);
   const double ratio = projection ? projection_ratio(*projection) : 0;
+  const double shrink = c.decay * ratio;  // of SPD; a sum that it leaves alone may be inf
   row[0] = sums.weight2;
-  row[1] = sums.gradient2 / (whole.clip * whole.clip);
+  row[1] = whole.unscale * whole.unscale * squares;
   row[2] = sums.update2;
-  row[3] = projection ? c.decay * c.decay * ratio * ratio * projection->distance2 : sums.decay2;
+  row[3] = ratio == 0 ? sums.decay2 : shrink * shrink * projection->distance2;
   row[4] = sums.distance2;
   row[5] = sums.update_weight;
   row[6] = sums.rate * c.step_size * numbers.bias_correction1;

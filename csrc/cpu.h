@@ -36,7 +36,7 @@ struct CpuWork {
   const Whole* whole;
   int32_t n_items;
   bool parallel;                // worth waking the other threads
-  double* sums;                 // per chunk: what `square` or `maximize` found
+  double* sums;                 // per chunk: what `square` or `maximize` found, or squares again
   ProjectionSums* projections;  // per chunk: what `update` found
   MeasuredSums* measured;       // likewise; null if nobody asks
   double* shrink;               // per tensor: SPD's lambda r

@@ -195,7 +195,7 @@ void CpuStep::tell(double* table, const CpuWork& work, const std::vector<Row>& r
       add(projection, projections_[k]);
     }
     const Row& row = rows[work.tensors[i].row];
-    write_telemetry(table + i * kTelemetry, sums,
+    write_telemetry(table + i * kTelemetry, sums, sum_over(static_cast<int32_t>(i)),
                     row.hyper.is.decay == Decay::projection ? &projection : nullptr, row.hyper.lr,
                     row.hyper, row.numbers, whole);
   }

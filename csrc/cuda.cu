@@ -325,7 +325,7 @@ __device__ bool last_to_arrive(int32_t* arrived, int all) {
 
 __device__ ProjectionSums projection_sums(const double* x) { return {x[0], x[1], x[2]}; }
 __device__ MeasuredSums measured_sums(const double* x) {
-  return {x[0], x[1], x[2], x[3], x[4], x[5], x[6]};
+  return {x[0], x[1], x[2], x[3], x[4], x[5]};
 }
 
 // ---- numbers of the whole step, and of rows whose steps are counted on the device ---------------
@@ -514,7 +514,7 @@ __device__ void update_vector(const Strips<T>& s, int i, const Coefficients<T>& 
   const Vector<T, n> g = widened(raw_g, s.g.type), a = widened(raw_a, s.a.type);
   if (is.amsgrad) vmax = widened(raw_vmax, s.vmax.type);
 
-  T terms[kSums] = {};
+  T terms[kProjected] = {};
 #pragma unroll
   for (int k = 0; k < n; ++k) {
     Element<T> x{w.x[k], g.x[k], m.x[k], v.x[k], vmax.x[k], a.x[k], 0, 0};
@@ -526,15 +526,15 @@ __device__ void update_vector(const Strips<T>& s, int i, const Coefficients<T>& 
       terms[2] += p.growth2;
     }
     if (measured) {
-      const MeasuredTerms<T> t = measured_terms(w.x[k], x, c, is);
-      T* to = terms + (projected ? kProjected : 0);
+      const MeasuredSums t = measured_terms(w.x[k], x, c, is);
+      double* to = sums + (projected ? kProjected : 0);
       to[0] += t.weight2;
-      to[1] += t.gradient2;
-      to[2] += t.update2;
-      to[3] += t.decay2;
-      to[4] += t.distance2;
-      to[5] += t.update_weight;
-      to[6] += t.rate;
+      to[1] += t.update2;
+      to[2] += t.decay2;
+      to[3] += t.distance2;
+      to[4] += t.update_weight;
+      to[5] += t.rate;
+      to[6] += product(x.g, x.g);
     }
     w.x[k] = x.w;
     m.x[k] = x.m;
@@ -542,7 +542,7 @@ __device__ void update_vector(const Strips<T>& s, int i, const Coefficients<T>& 
     vmax.x[k] = x.vmax;
   }
 #pragma unroll
-  for (int k = 0; k < kSums; ++k) sums[k] += double(terms[k]);
+  for (int k = 0; projected && k < kProjected; ++k) sums[k] += double(terms[k]);
 
   const Vector<T, n> seen = s.store_weights(i, w, false);
   s.template store_moment<false>(s.m, i, m);
@@ -690,8 +690,8 @@ __global__ void __launch_bounds__(kThreads) tell_kernel(const GpuWork work, doub
   const ProjectionSums of_projection = projection_sums(projection);
   const double lr = row.hyper.live_lr.data ? row.hyper.live_lr.get() : row.hyper.lr;
   write_telemetry(table + int64_t(index) * kTelemetry, measured_sums(measured),
-                  projected ? &of_projection : nullptr, lr, row.hyper, row.numbers,
-                  work.whole ? *work.whole : Whole{});
+                  measured[kMeasured - 1], projected ? &of_projection : nullptr, lr, row.hyper,
+                  row.numbers, work.whole ? *work.whole : Whole{});
 }
 
 // ---- the host's side ---------------------------------------------------------------------------

@@ -20,7 +20,7 @@ struct Span {
   int32_t first, count;
 };
 
-// Sums of a chunk: the fields of ProjectionSums and MeasuredSums.
+// Sums of a chunk: the fields of ProjectionSums; those of MeasuredSums, and g^2.
 constexpr int kProjected = 3, kMeasured = 7;
 
 // All tables are in device memory.

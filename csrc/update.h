@@ -81,20 +81,18 @@ WDK_INLINE void add(ProjectionSums& to, const ProjectionSums& x) {
   to.growth2 += x.growth2;
 }
 
-// What telemetry sums over a tensor; w, g and d = w - a before the step.
-template <class T>
-struct MeasuredTerms {
-  T weight2, gradient2, update2;
-  T decay2;         // of what the decay adds, where it enters; SPD's is known after its sums
-  T distance2;      // d^2
-  T update_weight;  // u w
-  T rate;           // 1 / (sqrt(v) + eps)
+// What telemetry sums over a tensor, beside g^2; w and d = w - a before the step. The terms are
+// doubles, too: squares of floats may be too large or too small for another float.
+struct MeasuredSums {
+  double weight2, update2;
+  double decay2;         // of what the decay adds, where it enters; SPD's is known after its sums
+  double distance2;      // d^2
+  double update_weight;  // u w
+  double rate;           // 1 / (sqrt(v) + eps)
 };
-using MeasuredSums = MeasuredTerms<double>;
 
 WDK_INLINE void add(MeasuredSums& to, const MeasuredSums& x) {
   to.weight2 += x.weight2;
-  to.gradient2 += x.gradient2;
   to.update2 += x.update2;
   to.decay2 += x.decay2;
   to.distance2 += x.distance2;
@@ -163,17 +161,19 @@ WDK_INLINE T average(T ema, T w, const Coefficients<T>& c) {
   return lerp(ema, w, c.average);
 }
 
+WDK_INLINE double product(double x, double y) { return x * y; }
+
 // Of an element that has been updated; w is the weight before.
 template <class T>
-WDK_INLINE MeasuredTerms<T> measured_terms(T w, const Element<T>& x, const Coefficients<T>& c,
-                                           Variant is) {
+WDK_INLINE MeasuredSums measured_terms(T w, const Element<T>& x, const Coefficients<T>& c,
+                                       Variant is) {
   const T d = is.anchored ? w - x.a : w;
-  const T g = c.scale * x.g;
   T decay = c.decay * d;
   if (is.decay == Decay::unmixed) decay = c.step_size * decay / x.denominator;
   if (is.decay == Decay::decoupled && is.cautious && opposed(x.u, d)) decay = T(0);
   if (is.decay == Decay::projection) decay = T(0);
-  return {w * w, g * g, x.u * x.u, decay * decay, d * d, x.u * w, T(1) / x.denominator};
+  return {product(w, w), product(x.u, x.u), product(decay, decay),
+          product(d, d), product(x.u, w),   T(1) / x.denominator};
 }
 
 // w before and w~ after the step; g after line 0.

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from variants import (
     METHODS,
     VARIANTS,
+    Edge,
     Variant,
     anchors_of,
+    assert_as_at,
     assert_same_bits,
     bits,
     every_backend,
+    every_edge,
     every_method,
     gradient,
     needs_native,
@@ -32,7 +35,6 @@ from variants import (
 
 import wdkernels as wd
 from wdkernels import schedules
-from wdkernels.telemetry import COLUMNS
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -840,14 +842,43 @@ def test_groups_of_a_measured_step(backend: str) -> None:
     assert found["total"]["weight_norm"] == pytest.approx(math.sqrt(total), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_edge
 @every_backend
-def test_a_skipped_step_has_nothing_to_tell(backend: str) -> None:
+@every_method
+def test_edges(variant: Variant, backend: str, edge: Edge, dtype: torch.dtype) -> None:
+    assert_as_at(edge, variant.method, backend, dtype)
+
+
+@pytest.mark.parametrize("cause", ["found_inf", "skip_nonfinite", "both"])
+@every_backend
+@every_method
+def test_a_skipped_step_has_nothing_to_tell(variant: Variant, backend: str, cause: str) -> None:
     w = torch.ones(2)
-    optimizer = wd.AdamW([w], backend=backend, telemetry_every=1, skip_nonfinite=True)
+    optimizer = variant.build([w], backend, telemetry_every=1, skip_nonfinite=cause != "found_inf")
     w.grad = torch.tensor([1.0, math.nan])
+    scaled(optimizer, 2.0, float(cause != "skip_nonfinite"))
     optimizer.step()
-    assert optimizer.telemetry()["0.0"]["weight_norm"] == 0
-    assert len(COLUMNS) == 12
+    assert optimizer.skipped_steps == 1
+    assert torch.equal(w, torch.ones(2))
+    told = optimizer.telemetry().to_dict()
+    assert list(told) == ["0.0", "total"]
+    assert all(math.isnan(value) for row in told.values() for value in row.values())
+
+    w.grad = torch.ones(2)
+    scaled(optimizer, 2.0)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert optimizer.telemetry().total["weight_norm"] == pytest.approx(math.sqrt(2))
+
+
+@every_backend
+def test_telemetry_without_any_gradient(backend: str) -> None:
+    optimizer = wd.AdamSWD([torch.ones(2)], backend=backend, telemetry_every=1)
+    optimizer.step()
+    assert list(optimizer.telemetry()) == []
+    assert optimizer.telemetry().total["grad_norm"] == 0
+    assert optimizer.telemetry().total["effective_lr"].isnan()
 
 
 # ---- all of it together --------------------------------------------------------------------------

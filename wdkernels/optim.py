@@ -39,7 +39,8 @@ All of these may differ between param groups. These are the whole optimizer's:
                  optimizer sees: all shards of DTensors, but of other shardings its own only
     skip_nonfinite   a step whose gradients have no finite norm changes nothing, but is counted in
                  `skipped_steps`
-    telemetry_every  n: each n-th step is measured, for `telemetry`
+    telemetry_every  n: each n-th call of `step` is measured, for `telemetry`, counted from
+                 construction or load_state_dict
     backend      "auto", "native", "triton" or "eager"; what can't be had is a ValueError
 
 Parameters may be float32, float64, bfloat16, float16 or complex (as pairs of reals), of any shape
@@ -53,6 +54,7 @@ A step checks everything before it writes anything: on an exception nothing has 
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -383,7 +385,7 @@ class _Adam(torch.optim.Optimizer):
         table = None
         if self.telemetry_every is not None and (self._calls + 1) % self.telemetry_every == 0:
             size = len(self._active_parameters()), len(COLUMNS)
-            table = torch.zeros(size, dtype=torch.float64, device=device)
+            table = torch.full(size, math.nan, dtype=torch.float64, device=device)
         return Request(
             grad_scale=_number_on(device, grad_scale),
             found_inf=_number_on(device, found_inf),
@@ -528,7 +530,8 @@ class _Adam(torch.optim.Optimizer):
         return self._skipped.clone()
 
     def telemetry(self) -> Telemetry:
-        """The quantities of the last measured step; RuntimeError if there was none."""
+        """The quantities of the last measured step, NaN if it was skipped; RuntimeError if there
+        was none."""
         if self._measured is None:
             raise RuntimeError(
                 "no step has been measured yet: construct the optimizer with telemetry_every=n, "

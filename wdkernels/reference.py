@@ -94,7 +94,9 @@ def _scale(groups: Sequence[Group], request: Request) -> _Scale | None:
     as in torch.nn.utils.clip_grad_norm_: an infinite norm makes all finite gradients 0, and one
     that is NaN makes all of them NaN.
     """
-    unscale = 1.0 if request.grad_scale is None else 1 / request.grad_scale.item()
+    unscale = 1.0
+    if request.grad_scale is not None:
+        unscale = request.grad_scale.double().reciprocal().item()
     clip = 1.0
     skip = request.found_inf is not None and request.found_inf.item() != 0
     clips = request.max_grad_norm < math.inf
@@ -163,9 +165,9 @@ def _update(p: _Parameter, mean_v: Tensor | None, told: Tensor | None) -> None:
     else:
         new = w - u
     if told is not None:
-        unscaled = p.scale.unscale * _load(p.g)
+        gradient2 = p.scale.unscale**2 * _dot(_load(p.g), _load(p.g))
         columns = [
-            *(_dot(w, w), _dot(unscaled, unscaled), _dot(u, u), _dot(pull, pull), _dot(d, d)),
+            *(_dot(w, w), gradient2, _dot(u, u), _dot(pull, pull), _dot(d, d)),
             *(_dot(u, w), (h.lr / root).sum(dtype=torch.float64), h.lr, rate),
             *(selected, ratio, 0.0 if mean_v is None else mean_v),
         ]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The columns of the table that the backends write, a row for each parameter with a gradient. Old
-# weights w, the gradient g after line 0 of the step, Adam's step u (wdkernels/optim.py).
+# The columns of the table that the backends write, a row for each parameter with a gradient; NaN
+# where they have not. Old weights w, the gradient g, Adam's step u (wdkernels/optim.py).
 COLUMNS = (
     "weight2",  # sum of w^2
-    "grad2",  # sum of g^2, without what clipping did to it
+    "grad2",  # sum of g^2, unscaled, and without what clipping did to it
     "update2",  # sum of u^2
     "decay2",  # sum of the squares of what the decay adds, where it enters
     "distance2",  # sum of (w - a)^2
@@ -45,6 +45,13 @@ class Telemetry(Mapping[str, Mapping[str, Tensor]]):
         lr, decay              eta, and the number that multiplies w - a in this step
         selected, ratio        SPD: whether (in total: how many) tensors were selected, and r
         sqrt_mean_v            SWD: sqrt(V)
+
+    Of a step that was skipped all are NaN. Quotients are those of IEEE arithmetic: the cosine is
+    NaN where |u| or |w| is 0; relative_update is inf where only |w| is 0, and lr_over_weight_norm2
+    where |w| is 0 and eta is not; effective_lr is inf where both v_hat and eps are 0 for some
+    element, or NaN if eta is 0, too; 0/0 is NaN, as means are of a parameter without elements.
+
+    Squares and their sums are in float64, where no float32 is too large or too small for them.
 
     `step` counts the calls of the optimizer's step() since it was constructed or loaded a state.
     Nothing waits for the device until numbers are asked for: `to_dict`, `rows`, `write`.

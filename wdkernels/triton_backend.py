@@ -541,7 +541,8 @@ class _TensorList:
 
     def measure(self, table: Tensor) -> None:
         """The tensors' rows of the telemetry."""
-        own = table if table.device == self.device else torch.zeros_like(table, device=self.device)
+        here = table.device == self.device
+        own = table if here else torch.full_like(table, math.nan, device=self.device)
         self._launch(
             _kernels().measure_kernel,
             len(self._tensors),
@@ -549,8 +550,9 @@ class _TensorList:
             *(self._whole, self._partials, self._mean_square, own),
             decay=self._decay,
         )
-        if own is not table:  # in which other devices' lists have other rows
-            table.add_(own.to(table.device, non_blocking=True))
+        if not here:  # other devices' lists have other rows, which are NaN in this one's
+            there = own.to(table.device, non_blocking=True)
+            table.copy_(torch.where(there.isnan(), table, there))
 
     def _claim(self) -> None:
         _claim(self.device, [*self._tables, self._gradients])

@@ -64,7 +64,7 @@ EXACT = tl.constexpr(6)
 LAMBDA, ONE_MINUS_BETA2, BIAS_CORRECTION1, BIAS_CORRECTION2, ETA, KEY = map(tl.constexpr, range(6))
 
 SHARED = tl.constexpr(3)
-SCALE, CLIP, SKIP = map(tl.constexpr, range(3))  # SCALE of the gradients, in which CLIP is a factor
+SCALE, UNSCALE, SKIP = map(tl.constexpr, range(3))  # SCALE of the gradients: UNSCALE and clipping
 
 # A group's hyper-parameters, with DECAY_SCALE 0 (lr), 1 (relative_lr) or 2 (corrected), and a
 # product of two schedules for the decay and of two for the average.
@@ -106,7 +106,8 @@ class ProjectionTerms(NamedTuple):
 
 
 class MeasuredTerms(NamedTuple):
-    """What telemetry sums over a tensor; w, g and d = w - a before the step."""
+    """What telemetry sums over a tensor; w and d = w - a before the step, g before line 0. Float64:
+    squares of float32s may be too large or too small for another float32."""
 
     weight2: Any
     gradient2: Any
@@ -179,10 +180,14 @@ def average(ema, w, c):
 
 
 @triton.jit
+def product(x, y):
+    return x.to(tl.float64) * y.to(tl.float64)
+
+
+@triton.jit
 def measured_terms(w, x, c, cautious, decay: tl.constexpr):
     """Of elements that have been updated; w are the weights before."""
     d = w - x.a
-    g = c.scale * x.g
     pull = c.decay * d
     if decay == "unmixed":
         pull = quotient(c.step_size * pull, x.denominator)
@@ -191,12 +196,12 @@ def measured_terms(w, x, c, cautious, decay: tl.constexpr):
     if decay == "projection":
         pull = tl.zeros_like(d)
     return MeasuredTerms(
-        weight2=w * w,
-        gradient2=g * g,
-        update2=x.u * x.u,
-        decay2=pull * pull,
-        distance2=d * d,
-        update_weight=x.u * w,
+        weight2=product(w, w),
+        gradient2=product(x.g, x.g),
+        update2=product(x.u, x.u),
+        decay2=product(pull, pull),
+        distance2=product(d, d),
+        update_weight=product(x.u, w),
         rate=quotient(1.0 + tl.zeros_like(d), x.denominator),
     )
 
@@ -786,7 +791,7 @@ def decide_kernel(
         if grad_norm is not None:
             tl.store(grad_norm + place, norm)
     tl.store(whole + SCALE + place, unscale * clip)
-    tl.store(whole + CLIP + place, clip)
+    tl.store(whole + UNSCALE + place, unscale)
     tl.store(whole + SKIP + place, tl.where(skip, one, 0.0))
     if skipped is not None:
         tl.store(skipped + place, tl.load(skipped + place) + tl.where(skip, 1, 0))
@@ -921,28 +926,30 @@ def measure_kernel(
     here = proceeds(whole)
     measured = table + tl.load(tensors + i * TENSOR + PLACE) * COLUMNS
     sums = partials + MEASURED
-    clip = tl.load(whole + CLIP) if whole is not None else 1.0
+    unscale = tl.load(whole + UNSCALE) if whole is not None else 1.0
     eta = tl.load(row + ETA)
     in_force = tl.load(row + LAMBDA)
     if decay == "unmixed":
         in_force = in_force / tl.load(row + BIAS_CORRECTION1)
 
     decay2 = total(sums + 3, begin, end, SUMS)
+    selected = 0.0
+    ratio = 0.0
+    v = 0.0
     if decay == "projection":
         projected = projection_sums(partials, begin, end)
         projection = projection_of(projected)
-        shrink = in_force * projection.ratio
-        decay2 = shrink * shrink * projected.distance2
-        tl.store(measured + 9, tl.where(projection.selected, 1.0, 0.0), here)
-        tl.store(measured + 10, projection.ratio, here)
+        selected = tl.where(projection.selected, 1.0, 0.0)
+        ratio = projection.ratio
+        shrink = in_force * ratio
+        decay2 = tl.where(ratio == 0, decay2, shrink * shrink * projected.distance2)
     if mean_square is not None:
         v = tl.load(mean_square)
         in_force = stable_decay(in_force, v)
-        tl.store(measured + 11, v, here)
 
     rate = eta * tl.sqrt(tl.load(row + BIAS_CORRECTION2)) * total(sums + 6, begin, end, SUMS)
     tl.store(measured, total(sums, begin, end, SUMS), here)
-    tl.store(measured + 1, total(sums + 1, begin, end, SUMS) / (clip * clip), here)
+    tl.store(measured + 1, unscale * unscale * total(sums + 1, begin, end, SUMS), here)
     tl.store(measured + 2, total(sums + 2, begin, end, SUMS), here)
     tl.store(measured + 3, decay2, here)
     tl.store(measured + 4, total(sums + 4, begin, end, SUMS), here)
@@ -950,6 +957,9 @@ def measure_kernel(
     tl.store(measured + 6, rate, here)
     tl.store(measured + 7, eta, here)
     tl.store(measured + 8, in_force, here)
+    tl.store(measured + 9, selected, here)
+    tl.store(measured + 10, ratio, here)
+    tl.store(measured + 11, v, here)
 
 
 # ---- numbers on the device ---------------------------------------------------------------------
