@@ -31,7 +31,8 @@ from variants import (
 )
 
 import wdkernels as wd
-from wdkernels import schedules
+from wdkernels import native, schedules
+from wdkernels.plan import Request
 from wdkernels.telemetry import COLUMNS
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -303,6 +304,16 @@ def test_a_tensor_that_bounds_the_norm_may_change_in_place() -> None:
     with pytest.raises(ValueError, match="max_grad_norm must be finite and >= 0, not -1"):
         optimizer.step()
     assert torch.equal(w, before)
+
+
+@needs_native
+@pytest.mark.parametrize("key", ["grad_norm", "skipped", "telemetry"])
+def test_the_core_writes_only_what_has_room(key: str) -> None:
+    """It would write 8 bytes a number, whatever stands there."""
+    dtype = torch.float64 if key == "skipped" else torch.float32
+    asked = Request(**{key: torch.zeros((), dtype=dtype)})
+    with pytest.raises(ValueError, match="not a tensor of the type that a step writes"):
+        native._request(asked)
 
 
 # ---- gradients and bad steps ---------------------------------------------------------------------
