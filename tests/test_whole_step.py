@@ -224,7 +224,7 @@ def test_clipping_by_a_norm_that_is_no_number(variant: Variant, backend: str, ba
         for t in range(3):
             set_gradients(params, t)
             if t == 1:
-                params[0].grad[1, 2] = bad  # type: ignore[index]
+                params[0].grad[1, 2] = bad
             if not own:
                 nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
@@ -362,7 +362,7 @@ def test_a_step_without_a_finite_norm_is_skipped(
     for t in range(4):
         set_gradients(params, t)
         if t in (0, 2):
-            params[-1].grad[-1] = bad  # type: ignore[index]
+            params[-1].grad[-1] = bad
         else:
             set_gradients(plain, t)
             expected.step()
@@ -386,7 +386,7 @@ def test_without_skip_nonfinite_a_bad_step_counts(variant: Variant, backend: str
     params = weights()
     optimizer = variant.build(params, backend)
     set_gradients(params, 1)
-    params[-1].grad[-1] = math.nan  # type: ignore[index]
+    params[-1].grad[-1] = math.nan
     optimizer.step()
     assert params[-1].isnan().any()
     assert optimizer.state[params[-1]]["step"] == 1
@@ -852,7 +852,7 @@ def test_all_together_is_what_each_does_alone(variant: Variant, backend: str) ->
         found_inf, scale = float(t == 1), 3.0 if t % 2 else None
         set_gradients(params, t, scale or 1.0)
         if t == 2:
-            params[0].grad[0, 0] = math.nan  # type: ignore[index]
+            params[0].grad[0, 0] = math.nan
         scaled(optimizer, scale, found_inf)
         assert optimizer.step(lambda: 5.0) == 5.0
         if t in (1, 2):
@@ -887,7 +887,7 @@ def test_all_together_in_16_bits(variant: Variant, backend: str, dtype: torch.dt
     for t in range(6):
         set_gradients(narrow, t, 4.0)
         if t == 3:
-            narrow[0].grad[0, 0] = math.inf  # type: ignore[index]
+            narrow[0].grad[0, 0] = math.inf
             first.load_state_dict(saved(first.state_dict()))
         for p, q in zip(narrow, wide, strict=True):
             q.grad = None if p.grad is None else p.grad.float()
