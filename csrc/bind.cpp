@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <type_traits>
 
 #include "cpu.h"
 #include "cpu_step.h"
@@ -24,12 +25,15 @@ static Number number(const py::object& tensor) {
   return {address(view), *dtype(view)};
 }
 
-// Where a tensor's numbers are; or nowhere, for None.
-static void* memory(const py::object& tensor) {
+// Where a tensor's numbers, of this type, are to be written; or nowhere, for None.
+template <class T>
+static T* numbers(const py::object& tensor) {
   DLTensor view;
   if (tensor.is_none()) return nullptr;
-  if (!read(tensor.ptr(), view)) throw std::invalid_argument("not a tensor with memory");
-  return address(view);
+  const uint8_t code = std::is_integral_v<T> ? dl::kInt : dl::kFloat;
+  if (!read(tensor.ptr(), view) || view.dtype.code != code || view.dtype.bits != 8 * sizeof(T))
+    throw std::invalid_argument("not a tensor of the type that a step writes");
+  return static_cast<T*>(address(view));
 }
 
 using Schedules = std::array<Schedule, 2>;
@@ -125,9 +129,9 @@ PYBIND11_MODULE(_C, m) {
              r.found_inf = number(found_inf);
              r.max_norm = max_norm;
              r.skip_nonfinite = skip_nonfinite;
-             r.grad_norm = static_cast<double*>(memory(grad_norm));
-             r.skipped = static_cast<int64_t*>(memory(skipped));
-             r.telemetry = static_cast<double*>(memory(telemetry));
+             r.grad_norm = numbers<double>(grad_norm);
+             r.skipped = numbers<int64_t>(skipped);
+             r.telemetry = numbers<double>(telemetry);
              return r;
            }),
            py::kw_only(), py::arg("grad_scale"), py::arg("found_inf"), py::arg("max_norm"),

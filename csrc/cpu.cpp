@@ -94,7 +94,8 @@ struct Sums {
 
 // Telemetry's six sums, and the projection's three where there is one. In half as many accumulators:
 // more would not stay in registers.
-using MeasuringSums = Sums<double, 9, kLanes / 2>;
+template <class T>
+using MeasuringSums = Sums<T, 9, kLanes / 2>;
 
 // From four places at once: along one run of addresses alone, fewer reads are in flight than memory
 // can serve, which costs a third of its speed.
@@ -144,11 +145,11 @@ void step_and_sum(Sums<T, 3>& sums, const Tile<T>& s, const Coefficients<T>& c) 
 // The step, and what it adds to telemetry's sums. There is an anchor: the few steps that are
 // measured may read zeros.
 template <Decay decay, bool amsgrad, bool cautious, class T>
-void step_and_measure(MeasuringSums& sums, const Tile<T>& s, const Coefficients<T>& c) {
+void step_and_measure(MeasuringSums<T>& sums, const Tile<T>& s, const Coefficients<T>& c) {
   static constexpr Variant is{decay, true, amsgrad, cautious};
   constexpr bool projected = decay == Decay::projection;
   const auto term = [w = s.w, g = s.g, m = s.m, v = s.v, vmax = s.vmax, a = s.a, c](int64_t i,
-                                                                                    double* terms) {
+                                                                                    T* terms) {
     Element<T> x{w[i], g[i], m[i], v[i], amsgrad ? vmax[i] : T(0), a[i], 0, 0};
     const T before = x.w;
     update(x, c, is);
@@ -156,7 +157,7 @@ void step_and_measure(MeasuringSums& sums, const Tile<T>& s, const Coefficients<
     m[i] = x.m;
     v[i] = x.v;
     if (amsgrad) vmax[i] = x.vmax;
-    const MeasuredSums t = measured_terms(before, x, c, is);
+    const MeasuredTerms<T> t = measured_terms<T>(before, x, c, is);
     terms[0] = t.weight2;
     terms[1] = t.update2;
     terms[2] = t.decay2;
@@ -227,7 +228,7 @@ void step_tile(const Tile<T>& s, const Coefficients<T>& c, Variant is) {
 }
 
 template <class T>
-void measure_tile(MeasuringSums& sums, const Tile<T>& s, const Coefficients<T>& c, Variant is) {
+void measure_tile(MeasuringSums<T>& sums, const Tile<T>& s, const Coefficients<T>& c, Variant is) {
   with(is.amsgrad, [&](auto amsgrad) {
     constexpr bool has_max = decltype(amsgrad)::on;
     switch (is.decay) {
@@ -271,7 +272,7 @@ void update_chunk(const CpuWork& work, int64_t index) {
       });
     };
     if (work.measured) {
-      MeasuringSums sums;
+      MeasuringSums<T> sums;
       for_each([&] { measure_tile(sums, tile, c, is); });
       const auto total = [&](int k) { return sums.total(k); };
       work.measured[index] = {total(0), total(1), total(2), total(3), total(4), total(5)};

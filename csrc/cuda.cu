@@ -526,7 +526,7 @@ __device__ void update_vector(const Strips<T>& s, int i, const Coefficients<T>& 
       terms[2] += p.growth2;
     }
     if (measured) {
-      const MeasuredSums t = measured_terms(w.x[k], x, c, is);
+      const MeasuredSums t = measured_terms<double>(w.x[k], x, c, is);
       double* to = sums + (projected ? kProjected : 0);
       to[0] += t.weight2;
       to[1] += t.update2;
@@ -534,7 +534,7 @@ __device__ void update_vector(const Strips<T>& s, int i, const Coefficients<T>& 
       to[3] += t.distance2;
       to[4] += t.update_weight;
       to[5] += t.rate;
-      to[6] += product(x.g, x.g);
+      to[6] += double(x.g) * double(x.g);
     }
     w.x[k] = x.w;
     m.x[k] = x.m;

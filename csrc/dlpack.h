@@ -50,6 +50,7 @@ constexpr int32_t kCUDA = kCPU;
 #else
 constexpr int32_t kCUDA = 2;
 #endif
+constexpr uint8_t kInt = 0;
 constexpr uint8_t kFloat = 2;
 constexpr uint8_t kBfloat = 4;
 constexpr uint8_t kComplex = 5;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 namespace wdk {
 
@@ -23,17 +24,18 @@ const DLPackExchangeAPI* exchange_api() {
   return api;
 }
 
-// Tensors of torch < 2.10. A type that is not ours keeps the code 0.
+// Tensors of torch < 2.10. A type that is not ours keeps 0 bits.
 bool read_attributes(py::handle tensor, DLTensor& out) {
   // Kept for the life of the process: the interpreter may be gone when statics are destroyed.
   static const py::handle strided = attribute("strided").release();
-  static const py::handle types[] = {
-      attribute("float32").release(),   attribute("float64").release(),
-      attribute("bfloat16").release(),  attribute("float16").release(),
-      attribute("complex64").release(), attribute("complex128").release()};
-  static const DLDataType codes[] = {{dl::kFloat, 32, 1},   {dl::kFloat, 64, 1},
-                                     {dl::kBfloat, 16, 1},  {dl::kFloat, 16, 1},
-                                     {dl::kComplex, 64, 1}, {dl::kComplex, 128, 1}};
+  static const std::pair<py::handle, DLDataType> types[] = {
+      {attribute("float32").release(), {dl::kFloat, 32, 1}},
+      {attribute("float64").release(), {dl::kFloat, 64, 1}},
+      {attribute("bfloat16").release(), {dl::kBfloat, 16, 1}},
+      {attribute("float16").release(), {dl::kFloat, 16, 1}},
+      {attribute("complex64").release(), {dl::kComplex, 64, 1}},
+      {attribute("complex128").release(), {dl::kComplex, 128, 1}},
+      {attribute("int64").release(), {dl::kInt, 64, 1}}};
   thread_local std::vector<int64_t> shape, strides;
 
   if (!py::object(tensor.attr("layout")).is(strided)) return false;
@@ -51,8 +53,8 @@ bool read_attributes(py::handle tensor, DLTensor& out) {
   out.device.device_type = kind == "cpu" ? dl::kCPU : kind == "cuda" ? dl::kCUDA : 0;
   out.device.device_id = index.is_none() ? 0 : index.cast<int32_t>();
   out.ndim = static_cast<int32_t>(shape.size());
-  for (int i = 0; i < 6; ++i)
-    if (type.is(types[i])) out.dtype = codes[i];
+  for (const auto& [known, code] : types)
+    if (type.is(known)) out.dtype = code;
   out.shape = shape.data();
   out.strides = strides.data();
   return true;

@@ -81,15 +81,17 @@ WDK_INLINE void add(ProjectionSums& to, const ProjectionSums& x) {
   to.growth2 += x.growth2;
 }
 
-// What telemetry sums over a tensor, beside g^2; w and d = w - a before the step. The terms are
-// doubles, too: squares of floats may be too large or too small for another float.
-struct MeasuredSums {
-  double weight2, update2;
-  double decay2;         // of what the decay adds, where it enters; SPD's is known after its sums
-  double distance2;      // d^2
-  double update_weight;  // u w
-  double rate;           // 1 / (sqrt(v) + eps)
+// What telemetry sums over a tensor, beside g^2: an element's terms in S, the sums in double; w and
+// d = w - a before the step.
+template <class S>
+struct MeasuredTerms {
+  S weight2, update2;
+  S decay2;         // of what the decay adds, where it enters; SPD's is known after its sums
+  S distance2;      // d^2
+  S update_weight;  // u w
+  S rate;           // 1 / (sqrt(v) + eps)
 };
+using MeasuredSums = MeasuredTerms<double>;
 
 WDK_INLINE void add(MeasuredSums& to, const MeasuredSums& x) {
   to.weight2 += x.weight2;
@@ -161,19 +163,18 @@ WDK_INLINE T average(T ema, T w, const Coefficients<T>& c) {
   return lerp(ema, w, c.average);
 }
 
-WDK_INLINE double product(double x, double y) { return x * y; }
-
-// Of an element that has been updated; w is the weight before.
-template <class T>
-WDK_INLINE MeasuredSums measured_terms(T w, const Element<T>& x, const Coefficients<T>& c,
-                                       Variant is) {
+// Of an element that has been updated; w is the weight before. Squares of floats may be too large or
+// too small for another float, so S is double where that costs nothing.
+template <class S, class T>
+WDK_INLINE MeasuredTerms<S> measured_terms(T w, const Element<T>& x, const Coefficients<T>& c,
+                                           Variant is) {
   const T d = is.anchored ? w - x.a : w;
   T decay = c.decay * d;
   if (is.decay == Decay::unmixed) decay = c.step_size * decay / x.denominator;
   if (is.decay == Decay::decoupled && is.cautious && opposed(x.u, d)) decay = T(0);
   if (is.decay == Decay::projection) decay = T(0);
-  return {product(w, w), product(x.u, x.u), product(decay, decay),
-          product(d, d), product(x.u, w),   T(1) / x.denominator};
+  return {S(w) * S(w), S(x.u) * S(x.u), S(decay) * S(decay),
+          S(d) * S(d), S(x.u) * S(w),   S(T(1) / x.denominator)};
 }
 
 // w before and w~ after the step; g after line 0.

@@ -73,7 +73,7 @@ def test_contenders_on_a_gpu() -> None:
     everyone = {each.name: each for each in contenders(CUDA)}
     for method in ("AdamW", "AdamSWD", "AdamSPD fires", "AdamSPD rests"):
         backends = [
-            everyone[f"{maker} {method}"].build.keywords["backend"]  # type: ignore[attr-defined]
+            everyone[f"{maker} {method}"].build.keywords["backend"]
             for maker in ("wdkernels", "wdkernels triton")
         ]
         assert backends == ["native", "triton"]

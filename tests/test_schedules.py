@@ -157,7 +157,7 @@ def test_product_of_products_is_an_error() -> None:
 def test_numpy_scalars_are_refused() -> None:
     """They would break torch.load(weights_only=True), when it is too late."""
     with pytest.raises(ValueError, match=r"'steps' .* of type int64"):
-        schedules.linear(steps=np.int64(5))  # type: ignore[arg-type]
+        schedules.linear(steps=np.int64(5))
     with pytest.raises(ValueError, match=r"'end' .* of type float64"):
         schedules.linear(end=np.float64(0.5), steps=5)
 

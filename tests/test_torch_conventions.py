@@ -834,9 +834,9 @@ def test_a_forgotten_optimizer_is_freed(variant: Variant, backend: str) -> None:
 def test_an_optimizer_that_its_parameter_reaches_is_freed() -> None:
     p = torch.ones(3, requires_grad=True)
     p.grad = torch.ones(3)
-    p.optimizer = wd.AdamW([p])  # type: ignore[attr-defined]
-    p.optimizer.step()  # type: ignore[attr-defined]
-    freed = weakref.ref(p.optimizer)  # type: ignore[attr-defined]
+    p.optimizer = wd.AdamW([p])
+    p.optimizer.step()
+    freed = weakref.ref(p.optimizer)
     del p
     gc.collect()
     assert freed() is None

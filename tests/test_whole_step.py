@@ -34,7 +34,8 @@ from variants import (
 )
 
 import wdkernels as wd
-from wdkernels import schedules
+from wdkernels import native, schedules
+from wdkernels.plan import Request
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -225,7 +226,7 @@ def test_clipping_by_a_norm_that_is_no_number(variant: Variant, backend: str, ba
         for t in range(3):
             set_gradients(params, t)
             if t == 1:
-                params[0].grad[1, 2] = bad  # type: ignore[index]
+                params[0].grad[1, 2] = bad
             if not own:
                 nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
@@ -307,6 +308,16 @@ def test_a_tensor_that_bounds_the_norm_may_change_in_place() -> None:
     assert torch.equal(w, before)
 
 
+@needs_native
+@pytest.mark.parametrize("key", ["grad_norm", "skipped", "telemetry"])
+def test_the_core_writes_only_what_has_room(key: str) -> None:
+    """It would write 8 bytes a number, whatever stands there."""
+    dtype = torch.float64 if key == "skipped" else torch.float32
+    asked = Request(**{key: torch.zeros((), dtype=dtype)})
+    with pytest.raises(ValueError, match="not a tensor of the type that a step writes"):
+        native._request(asked)
+
+
 # ---- gradients and bad steps ---------------------------------------------------------------------
 
 EVERYTHING: dict[str, Any] = {
@@ -353,7 +364,7 @@ def test_a_step_without_a_finite_norm_is_skipped(
     for t in range(4):
         set_gradients(params, t)
         if t in (0, 2):
-            params[-1].grad[-1] = bad  # type: ignore[index]
+            params[-1].grad[-1] = bad
         else:
             set_gradients(plain, t)
             expected.step()
@@ -377,7 +388,7 @@ def test_without_skip_nonfinite_a_bad_step_counts(variant: Variant, backend: str
     params = weights()
     optimizer = variant.build(params, backend)
     set_gradients(params, 1)
-    params[-1].grad[-1] = math.nan  # type: ignore[index]
+    params[-1].grad[-1] = math.nan
     optimizer.step()
     assert params[-1].isnan().any()
     assert optimizer.state[params[-1]]["step"] == 1
@@ -896,7 +907,7 @@ def test_all_together_is_what_each_does_alone(variant: Variant, backend: str) ->
         found_inf, scale = float(t == 1), 3.0 if t % 2 else None
         set_gradients(params, t, scale or 1.0)
         if t == 2:
-            params[0].grad[0, 0] = math.nan  # type: ignore[index]
+            params[0].grad[0, 0] = math.nan
         scaled(optimizer, scale, found_inf)
         assert optimizer.step(lambda: 5.0) == 5.0
         if t in (1, 2):
@@ -931,7 +942,7 @@ def test_all_together_in_16_bits(variant: Variant, backend: str, dtype: torch.dt
     for t in range(6):
         set_gradients(narrow, t, 4.0)
         if t == 3:
-            narrow[0].grad[0, 0] = math.inf  # type: ignore[index]
+            narrow[0].grad[0, 0] = math.inf
             first.load_state_dict(saved(first.state_dict()))
         for p, q in zip(narrow, wide, strict=True):
             q.grad = None if p.grad is None else p.grad.float()

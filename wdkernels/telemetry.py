@@ -51,7 +51,9 @@ class Telemetry(Mapping[str, Mapping[str, Tensor]]):
     where |w| is 0 and eta is not; effective_lr is inf where both v_hat and eps are 0 for some
     element, or NaN if eta is 0, too; 0/0 is NaN, as means are of a parameter without elements.
 
-    Squares and their sums are in float64, where no float32 is too large or too small for them.
+    Sums are in float64, and so are the squares of gradients, for which no float32 is too large or
+    too small. Other squares the CPU's loops take in the type that a step computes in: in float32
+    the norm of updates below 1e-19 may be 0, that of weights above 1e19 is inf.
 
     `step` counts the calls of the optimizer's step() since it was constructed or loaded a state.
     Nothing waits for the device until numbers are asked for: `to_dict`, `rows`, `write`.
@@ -67,7 +69,7 @@ class Telemetry(Mapping[str, Mapping[str, Tensor]]):
     ) -> None:
         self.step = step  # how many-th call of step() since construction or load_state_dict
         columns = dict(zip(COLUMNS, table.unbind(1), strict=True))
-        sizes = torch.tensor(numels, dtype=torch.float64)
+        sizes = torch.tensor(numels, dtype=torch.float64, device="cpu")
         sizes = sizes.to(table.device, non_blocking=True)
         each = _quantities(columns, sizes)
         self._names = list(names)
