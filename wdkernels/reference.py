@@ -154,7 +154,7 @@ def _update(p: _Parameter, mean_v: Tensor | None, told: Tensor | None) -> None:
 
     if h.method == "spd":
         pull, selected, ratio = _project(w - u, w, g, a, p.lambda_t)
-        new = w - u - pull
+        new = w - u  # what is pulled is what has been stored of it
     elif h.method in ("decoupled", "swd"):
         rate = _decay_rate(p, w, mean_v)
         pull = rate * d
@@ -174,7 +174,11 @@ def _update(p: _Parameter, mean_v: Tensor | None, told: Tensor | None) -> None:
         for place, number in enumerate(columns):  # as in wdkernels.telemetry.COLUMNS
             told[place] = _everywhere(number)
 
-    _store_weight(p, new)
+    _store_weight(p, new, _key(p))
+    if h.method == "spd":
+        new = _weight(p)
+        rate = (p.lambda_t * ratio).to(new.dtype)
+        _store_weight(p, new - rate * (new - a), mix(_key(p) + 1 & 0xFFFFFFFF))
     if h.ema_decay is not None:
         k = ema_decay(h, t)
         _store(state["ema"], torch.lerp(_load(state["ema"]), _load(p.w), 1 - k))
@@ -267,7 +271,7 @@ def _weight(p: _Parameter) -> Tensor:
     return _load(p.w)
 
 
-def _store_weight(p: _Parameter, w: Tensor) -> None:
+def _store_weight(p: _Parameter, w: Tensor, key: int) -> None:
     """Weights of 16 bits lose what is less than half of their last bit, unless it is kept in the
     master copy or in the compensation (Kahan 1965), or counts as the chance of a whole bit."""
     if p.w.dtype not in storage.NARROW:
@@ -279,7 +283,7 @@ def _store_weight(p: _Parameter, w: Tensor) -> None:
         p.w.copy_(rounding.narrow(w, p.w.dtype))
         p.state["compensation"].copy_(rounding.narrow(w - _load(p.w), p.w.dtype))
     else:
-        random = rounding.noise(_key(p), p.w) if p.h.rounding == "stochastic" else None
+        random = rounding.noise(key, p.w) if p.h.rounding == "stochastic" else None
         p.w.copy_(rounding.narrow(w, p.w.dtype, random))
 
 
