@@ -983,6 +983,19 @@ def test_options_that_change_while_a_parameter_rests(backend: str) -> None:
 
 
 @every_backend
+def test_moments_do_not_follow_moment_dtype(backend: str) -> None:
+    w = torch.ones(3, dtype=torch.bfloat16)
+    w.grad = torch.ones_like(w)
+    optimizer = wd.AdamW([w], backend=backend)
+    optimizer.step()
+    before = snapshot(optimizer, [w])
+    optimizer.param_groups[0]["moment_dtype"] = torch.bfloat16
+    with pytest.raises(RuntimeError, match="exp_avg of .*: convert it first; moment_dtype, on wh"):
+        optimizer.step()
+    assert_same_bits(snapshot(optimizer, [w]), before)
+
+
+@every_backend
 @pytest.mark.parametrize("mode", ["master", "kahan"])
 def test_a_state_of_16_bit_weights_in_a_float32_model(backend: str, mode: str) -> None:
     narrow, wide = torch.ones(3, dtype=torch.bfloat16), torch.ones(3)

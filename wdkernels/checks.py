@@ -228,7 +228,10 @@ def check_live_state(p: Tensor, state: Mapping[str, Any], hyper: Hyper, name: st
     for key in storage.ALIKE:
         if key in state:
             dtypes = storage.dtypes_of(key, p, hyper)
-            _check_alike(state[key], p, dtypes, f"{key} of {name}", RuntimeError)
+            remedy = "convert it first"
+            if key in storage.MOMENTS:
+                remedy += f"; moment_dtype, on which that depends, is {hyper.moment_dtype}"
+            _check_alike(state[key], p, dtypes, f"{key} of {name}", RuntimeError, remedy)
     for what, x in written(state, name):
         _check_writable(x, what)
 
@@ -248,7 +251,12 @@ def _check_step(step: Any, name: str) -> None:
 
 
 def _check_alike(
-    x: Tensor, p: Tensor, dtypes: Sequence[torch.dtype], what: str, error: type[Exception]
+    x: Tensor,
+    p: Tensor,
+    dtypes: Sequence[torch.dtype],
+    what: str,
+    error: type[Exception],
+    remedy: str = "convert it first",
 ) -> None:
     """Of the dtypes any will do."""
     wanted = {
@@ -262,7 +270,7 @@ def _check_alike(
             whose = "the parameter has" if needs == getattr(p, attribute) else "it must be"
             if attribute == "shape":
                 has, needs = tuple(x.shape), tuple(p.shape)
-            raise error(f"{what} has {attribute} {has} but {whose} {needs}: convert it first")
+            raise error(f"{what} has {attribute} {has} but {whose} {needs}: {remedy}")
 
 
 def check_kept(p: Tensor, state: Mapping[str, Any], hyper: Hyper, name: str) -> None:
