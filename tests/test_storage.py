@@ -990,7 +990,7 @@ def test_moments_do_not_follow_moment_dtype(backend: str) -> None:
     optimizer.step()
     before = snapshot(optimizer, [w])
     optimizer.param_groups[0]["moment_dtype"] = torch.bfloat16
-    with pytest.raises(RuntimeError, match="exp_avg of .*: convert it first; moment_dtype, on wh"):
+    with pytest.raises(RuntimeError, match=r"exp_avg of .*: convert it first; moment_dtype, on wh"):
         optimizer.step()
     assert_same_bits(snapshot(optimizer, [w]), before)
 
