@@ -72,11 +72,8 @@ def _float16(bits: Tensor, random: Tensor | None) -> Tensor:
     dropped = distance.clamp(max=31)
     mantissa = right_shift(mantissa, (distance - dropped).clamp(max=31))  # whose chance is nil
     half = torch.bitwise_left_shift(torch.ones_like(bits), dropped - 1)
-    up = (
-        half - 1 + (right_shift(mantissa, dropped) & 1)
-        if random is None
-        else random & (2 * half - 1)
-    )
+    tie = half - 1 + (right_shift(mantissa, dropped) & 1)
+    up = tie if random is None else random & (2 * half - 1)
     found = right_shift(mantissa + up, dropped) + (kept - 113) * 1024
     found = found.clamp(max=0x7C00) | (right_shift(bits, 16) & 0x8000)  # what is too large is inf
     return torch.where(magnitude > 0x7F800000, 0x7E00, found)
