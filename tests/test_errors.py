@@ -371,6 +371,7 @@ ODD: list[tuple[str, Callable[[Tensor], Any], type[Exception], str]] = [
             (nested, ValueError, " must be a dense tensor, not nested"),
             (sparse, ValueError, " must be a dense tensor, not torch.sparse_coo"),
             (lambda x: x[:1, :1].expand(2, 2), RuntimeError, " holds several elements at one addr"),
+            (torch._neg_view, ValueError, " is a lazily conjugated or negated view, .*resolve"),
             (inferred, RuntimeError, r" was made in torch.inference_mode\(\), .*clone"),
             (Tensor.bfloat16, RuntimeError, " has dtype torch.bfloat16 but the parameter has"),
         )
@@ -445,6 +446,21 @@ def test_an_odd_entry_of_a_state(
     odd_state_is_refused(
         backend, lambda state, _: state.update({key: odd(state[key])}), error, match
     )
+
+
+@even_triton
+def test_a_lazily_conjugated_moment(backend: str) -> None:
+    w = torch.ones(3, dtype=torch.complex64)
+    optimizer = wd.AdamW([w], lr=0.1, backend=backend)
+    train(optimizer, [w], range(1))
+    optimizer.state[w]["exp_avg"] = optimizer.state[w]["exp_avg"].conj()
+    before = w.clone()
+    match = (
+        "exp_avg of parameter 0 of group 0 is a lazily conjugated or negated view, .*resolve_conj"
+    )
+    with pytest.raises(ValueError, match=match):
+        optimizer.step()
+    assert torch.equal(w, before)
 
 
 @even_triton

@@ -32,11 +32,7 @@ def check_parameter(p: Tensor, name: str) -> None:
         raise TypeError(f"{name} has dtype {p.dtype}; only floating and complex tensors can learn")
     if p.layout != torch.strided:
         raise TypeError(f"{name} has layout {p.layout}; only strided tensors are supported")
-    if p.is_conj() or p.is_neg():
-        raise ValueError(
-            f"{name} is a lazily conjugated or negated view, whose memory holds other numbers: "
-            "make it a tensor of its own with .resolve_conj().resolve_neg()"
-        )
+    _check_not_lazy(p, name)
 
 
 def check_memory(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
@@ -233,6 +229,7 @@ def check_live_state(p: Tensor, state: Mapping[str, Any], hyper: Hyper, name: st
                 remedy += f"; moment_dtype, on which that depends, is {hyper.moment_dtype}"
             _check_alike(state[key], p, dtypes, f"{key} of {name}", RuntimeError, remedy)
     for what, x in written(state, name):
+        _check_not_lazy(x, what)
         _check_writable(x, what)
 
 
@@ -316,6 +313,14 @@ def _check_has_memory(x: Tensor, p: Tensor, what: str, error: type[Exception]) -
         )
     if _is_dense(x) and x.numel() > 0 and x.data_ptr() == 0:
         raise error(f"the memory of {what} has been given back: allocate it again first")
+
+
+def _check_not_lazy(x: Tensor, what: str) -> None:
+    if x.is_conj() or x.is_neg():
+        raise ValueError(
+            f"{what} is a lazily conjugated or negated view, whose memory holds other numbers: "
+            "make it a tensor of its own with .resolve_conj().resolve_neg()"
+        )
 
 
 def _check_writable(x: Tensor, what: str) -> None:
