@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random as dice
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -523,16 +522,14 @@ def test_tensors_that_begin_within_an_element_of_another() -> None:
     assert overlapping([x[::2], y[1::2]]) == (0, 1)
 
 
-def test_many_slices_of_one_tensor_are_told_apart_at_once() -> None:
+def test_many_slices_of_one_tensor_are_told_apart() -> None:
     whole = torch.empty(1000, 1000)
     columns = list(whole.unbind(1))
     blocks = [whole[i : i + 10, j : j + 10] for i in range(0, 500, 10) for j in range(0, 500, 10)]
-    start = time.perf_counter()
     assert overlapping(columns) is None
     assert overlapping(blocks) is None
     assert overlapping([*columns, whole[10:20, 7:8]]) == (7, 1000)
     assert overlapping([*blocks, whole[499:501, 499:501]]) == (2499, 2500)
-    assert time.perf_counter() - start < 2
 
 
 def test_memory_is_looked_at_without_listing_elements() -> None:
