@@ -108,6 +108,23 @@ WDK_OUTLINE void store_nearest(S* __restrict to, const float* __restrict from, i
   for (int i = 0; i < n; ++i) to[i].bits = narrow<true>(from[i], 0, S{});
 }
 
+// Kahan: with what the weight cannot hold.
+template <class S>
+WDK_OUTLINE void store_both(S* __restrict to, S* __restrict rest, const float* __restrict from,
+                            int n) {
+  for (int i = 0; i < n; ++i) {
+    const S stored{narrow<true>(from[i], 0, S{})};
+    to[i] = stored;
+    rest[i].bits = narrow<true>(from[i] - widen(stored), 0, S{});
+  }
+}
+
+template <class S>
+WDK_OUTLINE void load_both(float* __restrict to, const S* __restrict from, const S* __restrict rest,
+                           int n) {
+  for (int i = 0; i < n; ++i) to[i] = widen(from[i]) + widen(rest[i]);
+}
+
 template <class T, class S>
 WDK_OUTLINE void average_all(T* __restrict ema, const S* __restrict stored, int n,
                              const Coefficients<T>& coefficients) {
@@ -140,11 +157,8 @@ WDK_OUTLINE void store_nearest(Float16* __restrict to, const float* __restrict f
   for (; i < n; ++i) to[i].bits = narrow<true>(from[i], 0, Float16{});
 }
 
-#endif
-
-// Kahan: with what the weight cannot hold.
-template <class S>
-WDK_INLINE void store_both(S* to, S* rest, const float* from, int n) {
+WDK_OUTLINE void store_both(Float16* __restrict to, Float16* __restrict rest,
+                            const float* __restrict from, int n) {
   alignas(64) float lost[kTile];
   store_nearest(to, from, n);
   widen_all(lost, to, n);
@@ -152,13 +166,15 @@ WDK_INLINE void store_both(S* to, S* rest, const float* from, int n) {
   store_nearest(rest, lost, n);
 }
 
-template <class S>
-WDK_INLINE void load_both(float* to, const S* from, const S* rest, int n) {
+WDK_OUTLINE void load_both(float* __restrict to, const Float16* __restrict from,
+                           const Float16* __restrict rest, int n) {
   alignas(64) float lost[kTile];
   widen_all(to, from, n);
   widen_all(lost, rest, n);
   for (int i = 0; i < n; ++i) to[i] += lost[i];
 }
+
+#endif
 
 #undef WDK_OUTLINE
 
