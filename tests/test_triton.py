@@ -295,11 +295,6 @@ def test_storage_is_that_of_the_reference(index: int) -> None:
     case = STORED[index]
     actual, expected = stored(index, "triton"), stored(index, "eager")
     assert actual.keys() == expected.keys()
-    # The reference rounds what SPD selects once, not before the projection and after it.
-    twice = case.variant.method == "spd" and not case.options.keys() & {
-        "rounding",
-        "master_weights",
-    }
     for name, x in actual.items():
         y = expected[name]
         assert x.dtype == y.dtype, name
@@ -313,17 +308,18 @@ def test_storage_is_that_of_the_reference(index: int) -> None:
             )
             tolerance = 2.0**-15  # twice bfloat16's 8 bits
         elif x.dtype in storage.NARROW:
-            again = twice and key == "weight"
-            assert again or (bits(x) != bits(y)).double().mean() <= 0.05, name
-            assert (bits(x).int() - bits(y).int()).abs().max() <= 1 + again, name
+            assert (bits(x) != bits(y)).double().mean() <= 0.05, name
+            assert (bits(x).int() - bits(y).int()).abs().max() <= 1, name
             continue
         else:
             tolerance = 2.0**-48 if x.dtype == torch.float64 else 2.0**-19
             if case.variant.method == "swd" and key == "exp_avg_sq_sum":
                 tolerance = 2.0**-19  # of squares in float32, there
-            if twice and key == "ema":
-                tolerance = 2.0**-6
         scale = y.abs().max().item()
+        if key == "ema" and actual[f"weight {place}"].dtype in storage.NARROW:
+            # It follows the weight as it is stored: where that is the next one, by a last bit.
+            assert ((x - y).abs() > tolerance * scale).double().mean() <= 0.05, name
+            tolerance = 2.0**-7
         torch.testing.assert_close(x, y, rtol=0, atol=tolerance * scale, msg=name)
 
 
