@@ -900,6 +900,16 @@ def test_a_checkpoint_that_lacks_a_part_of_the_weight_is_refused(mode: str, key:
 # ---- states and weights that change between steps ------------------------------------------------
 
 
+def assert_copied_at_the_first_step(optimizer: Any, w: Tensor) -> None:
+    """The master copy or the average is that of what w is now."""
+    w.fill_(0.5)
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert (w == 0.5).all()
+    (key,) = {"master", "ema"} & optimizer.state[w].keys()
+    assert (optimizer.state[w][key] == 0.5).all()
+
+
 @every_backend
 @pytest.mark.parametrize("options", [{"master_weights": True}, {"ema_decay": 0.5}], ids=str)
 @pytest.mark.parametrize("loaded", [True, False])
@@ -916,12 +926,7 @@ def test_copies_are_of_the_weights_at_the_first_step(
         source = torch.optim.AdamW([other], lr=0.0)
         source.step()
         optimizer.load_state_dict(source.state_dict())
-    w.fill_(0.5)
-    w.grad = torch.zeros_like(w)
-    optimizer.step()
-    assert (w == 0.5).all()
-    (key,) = {"master", "ema"} & optimizer.state[w].keys()
-    assert (optimizer.state[w][key] == 0.5).all()
+    assert_copied_at_the_first_step(optimizer, w)
 
 
 @every_backend
@@ -951,12 +956,7 @@ def test_copies_that_were_never_stepped_are_no_more_than_copies(
         w, optimizer = copy.deepcopy((w, optimizer))
     else:
         w, optimizer = pickle.loads(pickle.dumps((w, optimizer)))
-    w.fill_(0.5)
-    w.grad = torch.zeros_like(w)
-    optimizer.step()
-    assert (w == 0.5).all()
-    (key,) = {"master", "ema"} & optimizer.state[w].keys()
-    assert (optimizer.state[w][key] == 0.5).all()
+    assert_copied_at_the_first_step(optimizer, w)
 
 
 @every_backend

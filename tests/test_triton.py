@@ -316,10 +316,11 @@ def test_storage_is_that_of_the_reference(index: int) -> None:
             if case.variant.method == "swd" and key == "exp_avg_sq_sum":
                 tolerance = 2.0**-19  # of squares in float32, there
         scale = y.abs().max().item()
-        if key == "ema" and actual[f"weight {place}"].dtype in storage.NARROW:
-            # It follows the weight as it is stored: where that is the next one, by a last bit.
-            assert ((x - y).abs() > tolerance * scale).double().mean() <= 0.05, name
-            tolerance = 2.0**-7
+        if key == "ema" and f"compensation {place}" in actual and case.variant.method == "spd":
+            # Of the weight without its compensation, stored twice a step: a few elements have had
+            # the next one, half a last bit of bfloat16 away from the middle.
+            assert ((x - y).abs() > tolerance * scale).double().mean() <= 0.01, name
+            tolerance = 2.0**-8
         torch.testing.assert_close(x, y, rtol=0, atol=tolerance * scale, msg=name)
 
 
