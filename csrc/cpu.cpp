@@ -1,7 +1,7 @@
 // The CPU loops. They know streams, chunks and threads; the math is update.h's.
 //
 // This file is compiled once per instruction set (WDK_ISA: baseline, avx2, avx512) into a
-// namespace of that name; dispatch.cpp chooses at run time. It therefore calls nothing out of line
+// namespace of that name; instruction_set.cpp chooses at run time. It therefore calls nothing out of line
 // but the C library and OpenMP: a shared inline function could be merged across instruction sets.
 #include <sched.h>
 
