@@ -57,6 +57,13 @@ class Request(NamedTuple):
     skipped: Tensor | None = None  # 0-d int64, counts skipped steps; None where none can be
     telemetry: Tensor | None = None  # to be written: float64 [parameters with a gradient, COLUMNS]
 
+    @property
+    def needs_norm(self) -> bool:
+        """Whether the norm of all gradients is asked for, or decides over the step."""
+        return (
+            self.grad_norm is not None or self.skip_nonfinite or self.max_grad_norm != math.inf
+        )
+
 
 class Phases(Protocol):
     """One step, in phases that are to be called in this order (docs/design.md).
