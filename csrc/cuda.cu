@@ -58,10 +58,8 @@ __device__ double part_of_v(const GpuWork& work, int index, double scale) {
   const Tensor& tensor = work.tensors[index];
   const StepNumbers& numbers = work.rows[tensor.row].numbers;
   const double* sums = work.sums[index];
-  double sum;
-  if (tensor.vmax)
-    sum = sums[kMaximum];
-  else
+  double sum = sums[kMaximum];
+  if (tensor.v_sum)
     sum = *tensor.v_sum = kept_sum(*tensor.v_sum, tensor.total, sums[kGradient2], scale,
                                    numbers.coefficients.one_minus_beta2);
   return sum / numbers.bias_correction2;
