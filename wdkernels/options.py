@@ -417,6 +417,19 @@ class Group(dict[str, Any]):
         return GROUP_OPTIONS[name].default
 
 
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> Group:
+        """A group without the options that say what is the default anyway."""
+        return cls((k, x) for k, x in group.items() if k in ALWAYS_IN_GROUPS or _says(k, x))
+
+
+def _says(name: str, value: Any) -> bool:
+    row = GROUP_OPTIONS.get(name)
+    if row is None or type(value) is not type(row.default):
+        return row is None or value is not row.default
+    return bool(value != row.default)
+
+
 class GroupOptions:
     """A group's options, checked and made plain: an attribute for each row of the table.
 

@@ -100,6 +100,9 @@ class Plan(Protocol):
     def set_options(self, group: int, options: GroupOptions) -> None:
         """Numbers may change; what decides over the streams that are read may not."""
 
+    def set_number(self, group: int, name: str, value: float) -> None:
+        """One of lr, beta1, beta2, eps and weight_decay has changed, and nothing else."""
+
     def step(
         self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]], request: Request
     ) -> bool:
