@@ -17,7 +17,6 @@ from torch import Tensor
 
 from wdkernels import checks, state
 from wdkernels.options import (
-    ALWAYS_IN_GROUPS,
     GROUP_OPTIONS,
     NUMBERS,
     OF_NARROW_WEIGHTS,
@@ -167,7 +166,9 @@ def _merged_group(saved: Mapping[str, Any], group: Mapping[str, Any], method: st
             value = row.default
         new[name] = copy.deepcopy(value)
     if new.get("moment_dtype") is not None:
-        new["moment_dtype"] = GROUP_OPTIONS["moment_dtype"].check(new["moment_dtype"], "moment_dtype")
+        new["moment_dtype"] = GROUP_OPTIONS["moment_dtype"].check(
+            new["moment_dtype"], "moment_dtype"
+        )
     # What is nobody's option, such as a scheduler's initial_lr or a name, is saved as it is.
     others = {**group, **saved}
     new.update(
@@ -207,7 +208,11 @@ def _check_group(
 def _check_kind_of_decay(saved: Mapping[str, Any], target: Target, index: int) -> None:
     """The same number is much for one kind and little for another. SPD takes any."""
     decoupled: bool | None = saved.get(_KIND)  # older torch does not say
-    if _KIND not in saved and not _by_torch(saved) and ("decay_scale" in saved or "unmixed" in saved):
+    if (
+        _KIND not in saved
+        and not _by_torch(saved)
+        and ("decay_scale" in saved or "unmixed" in saved)
+    ):
         decoupled = "decay_scale" in saved
     where = f"weight_decay of group {index} of the state_dict"
     if decoupled is True and target.method == "l2":

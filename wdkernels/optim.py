@@ -19,10 +19,9 @@ A step checks everything before it writes anything: on an exception nothing has 
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from operator import is_
@@ -32,10 +31,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from wdkernels import backends, checkpoint, checks, layouts, reference, state
+from wdkernels import backends, checkpoint, groups, layouts, reference, state
 from wdkernels.options import (
     GROUP_OPTIONS,
-    NUMBERS,
     OPTIMIZER_OPTIONS,
     TORCH_CHOICES,
     AdamOptions,
@@ -47,24 +45,14 @@ from wdkernels.options import (
     Number,
     ParamsT,
     described,
-    from_group,
     refuse_differentiable,
     refuse_unknown,
 )
-from wdkernels.plan import Parameter, Plan, Request
+from wdkernels.plan import Plan, Request
 from wdkernels.telemetry import COLUMNS, Telemetry
 
 _NOTHING = Request()
 _OF_A_STEP = ("max_grad_norm", "skip_nonfinite", "telemetry_every")
-
-
-@dataclass
-class _Known:
-    """A group as it was when its options were read."""
-
-    values: dict[str, Any]  # copied, as lists and schedules may be edited in place
-    options: GroupOptions
-    tensors: bool  # some number is one, whose value may have changed
 
 
 @dataclass
@@ -77,15 +65,15 @@ class _Run:
     checked: tuple[Any, ...] = (None, False, None)  # options of the optimizer, when looked at
     skipped: Tensor | None = None
     grad_norm: Tensor | None = None
-    # How many-th call it was, its table, and the parameters' names, tensors and methods.
-    measured: tuple[int, Tensor, list[tuple[str, Tensor, str]]] | None = None
+    # How many-th call it was, its table, and the parameters with their names.
+    measured: tuple[int, Tensor, list[tuple[str, Tensor]]] | None = None
     swapped: bool = False  # weights and averages
     given: dict[Tensor, Tensor] = field(default_factory=dict)  # anchors that are in no state yet
     copies: list[tuple[Tensor, str]] = field(default_factory=list)  # of weights not yet moved
 
     # Derived from the groups and the state; the next step finds it again.
     plan: Plan | None = None
-    known: list[_Known | None] = field(default_factory=list)  # by group
+    known: list[groups.Known] = field(default_factory=list)  # by group
     checked_memory: list[Any] = field(default_factory=list)
 
     def forget(self) -> None:
@@ -148,13 +136,13 @@ class _Adam(torch.optim.Optimizer):
         index = len(self.param_groups)
         if not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])
-            self._refuse_duplicates(param_group["params"], index)
+            groups.refuse_duplicates(self.param_groups, param_group["params"])
         super().add_param_group(param_group)
         group = Group.of(self.param_groups.pop())
         refuse_differentiable(group.get("differentiable"))
         for key in TORCH_CHOICES:
             group.pop(key, None)
-        given = self._given_anchors(group, index)
+        given = groups.given_anchors(group, index)
         options = self._read(group, index)
         state.check_group(group["params"], options, f"group {index}")
         if options.decay_scale in ("relative_lr", "corrected"):
@@ -163,112 +151,10 @@ class _Adam(torch.optim.Optimizer):
         self.param_groups.append(group)
         self._run.forget()
 
-    def _refuse_duplicates(self, params: Sequence[Any], index: int) -> None:
-        seen = {id(p): checks.name_of(group, i, k) for i, k, group, p in self._parameters()}
-        for k, item in enumerate(params):
-            named = isinstance(item, tuple)
-            name = checks.name_of({"param_names": {k: item[0]}} if named else {}, index, k)
-            p = item[1] if named else item
-            if id(p) in seen:
-                raise ValueError(f"{name} is {seen[id(p)]} once more: pass each parameter once")
-            seen[id(p)] = name
-
-    def _given_anchors(self, group: Group, index: int) -> dict[Tensor, Tensor]:
-        """Copies of a group's anchors, if they are tensors; other choices are names in the group."""
-        params, anchor = group["params"], group["anchor"]
-        if isinstance(anchor, str) and anchor in ("zero", "initial", "ema"):
-            return {}
-        if isinstance(anchor, (str, Tensor)) or not isinstance(anchor, Iterable):
-            raise ValueError(
-                f"group {index}: anchor must be 'zero', 'initial', 'ema' or a list of tensors, one "
-                f"for each parameter of the group, not {anchor!r}"
-            )
-        anchors = list(anchor)
-        if len(anchors) != len(params):
-            raise ValueError(
-                f"group {index}: anchor holds {len(anchors)} tensors for {len(params)} "
-                "parameters: give one for each, in the same order"
-            )
-        group["anchor"] = "given"
-        copies = {}
-        for k, (p, a) in enumerate(zip(params, anchors, strict=True)):
-            state.check_anchor(p, a, checks.name_of(group, index, k))
-            dtype = state.fitting(a, state.anchor_dtypes(p))
-            copies[p] = torch.empty_like(p.detach(), dtype=dtype).copy_(a.detach())
-        return copies
-
     def _read(self, group: Mapping[str, Any], index: int) -> GroupOptions:
         # A host that is not to wait cannot count steps of which only the device knows.
-        on_gpu = [p.is_cuda for p in group["params"]]
-        counted = (self.skip_nonfinite or self._run.scaled) and any(on_gpu)
-        try:
-            options = from_group(self._method, group, counted)
-        except ValueError as error:
-            raise ValueError(f"group {index}: {error}") from None
-        for k, p in enumerate(group["params"]):
-            if _learns(p):
-                name = checks.name_of(group, index, k)
-                checks.check_parameter(p, name)
-                state.check_options(p, options, name)
-        if options.capturable and not all(on_gpu):
-            raise ValueError(
-                f"group {index}: capturable=True is for parameters on a GPU, in CUDA graphs"
-            )
-        return options
-
-    def _refresh_options(self) -> None:
-        """Read the groups again where something has changed; costs little where nothing has."""
-        run = self._run
-        if len(run.known) != len(self.param_groups):
-            run.forget()
-            run.known = [None] * len(self.param_groups)
-        for index, group in enumerate(self.param_groups):
-            known = run.known[index]
-            if known is None or not self._same_but_for_numbers(index, group, known):
-                self._refresh_group(index, group)
-
-    def _same_but_for_numbers(self, index: int, group: dict[str, Any], known: _Known) -> bool:
-        """Takes over numbers, which schedulers change in every step. False if more has changed."""
-        run, values = self._run, known.values
-        for name in NUMBERS:
-            value = group[name]
-            same = value is values[name]
-            if same and not known.tensors:
-                continue
-            if known.options.device_numbers and name in known.options.device_numbers:
-                if not same:
-                    return False
-                continue
-            if isinstance(value, Tensor) and not value.is_cpu:
-                return False
-            try:
-                changed = known.options.set_number(name, value)
-            except ValueError as error:
-                raise ValueError(f"group {index}: {error}") from None
-            if run.plan is not None:
-                for attribute, number in changed.items():
-                    run.plan.set_number(index, attribute, number)
-            known.tensors = known.tensors or isinstance(value, Tensor)
-            values[name] = list(value) if isinstance(value, list) else value
-        try:
-            return group == values
-        except (RuntimeError, ValueError):  # an array of several numbers, which is refused then
-            return False
-
-    def _refresh_group(self, index: int, group: dict[str, Any]) -> None:
-        run, before = self._run, self._run.known[index]
-        options = self._read(group, index)
-        if run.plan is not None and before is not None:
-            if options.streams != before.options.streams:
-                run.plan = None
-            else:
-                run.plan.set_options(index, options)
-        values = {
-            key: copy.deepcopy(value) if isinstance(value, (list, dict)) and key != "params" else value
-            for key, value in group.items()
-        }
-        tensors = any(isinstance(values[name], Tensor) for name in NUMBERS)
-        run.known[index] = _Known(values, options, tensors)
+        counted = self.skip_nonfinite or self._run.scaled
+        return groups.read(self._method, group, index, counted)
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -295,7 +181,7 @@ class _Adam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         run, request = self._run, self._request()
-        self._refresh_options()
+        run.plan = groups.read_again(self.param_groups, run.known, self._read, run.plan)
         if run.copies:
             self._renew()
         if run.plan is None or not run.plan.step(self.state, self.param_groups, request):
@@ -305,7 +191,7 @@ class _Adam(torch.optim.Optimizer):
         run.calls += 1
         run.grad_norm = request.grad_norm
         if request.telemetry is not None:
-            run.measured = run.calls, request.telemetry, self._active_parameters()
+            run.measured = run.calls, request.telemetry, groups.active(self.param_groups)
         return loss
 
     def _request(self) -> Request:
@@ -329,7 +215,7 @@ class _Adam(torch.optim.Optimizer):
                 run.skipped = now if before is None else before.to(device)
         table = None
         if self.telemetry_every is not None and (run.calls + 1) % self.telemetry_every == 0:
-            size = len(self._active_parameters()), len(COLUMNS)
+            size = len(groups.active(self.param_groups)), len(COLUMNS)
             table = torch.full(size, math.nan, dtype=torch.float64, device=device)
         return Request(
             grad_scale=_number_on(device, grad_scale),
@@ -352,64 +238,26 @@ class _Adam(torch.optim.Optimizer):
     def _step_anew(self, request: Request) -> None:
         """The step of a new set of tensors, or of a backend that keeps no plan."""
         run = self._run
-        options = [known.options for known in run.known if known is not None]
-        self._check(options)
-        learning = [p for *_, p in self._parameters() if _learns(p)]
-        backend = backends.chosen(self._backend, [layouts.local(p) for p in learning])
-        for i, _, _, p in self._parameters():  # the first thing written, so after all checks
+        options = [known.options for known in run.known]
+        run.checked_memory = groups.check(
+            *(self.param_groups, self.state, options, run.given, run.checked_memory)
+        )
+        every = list(groups.parameters(self.param_groups))
+        backend = backends.chosen(
+            self._backend, [layouts.local(p) for *_, p in every if groups.learns(p)]
+        )
+        for i, _, _, p in every:  # the first thing written, so after all checks
             if p.grad is not None or self.state.get(p):
-                self._complete_state(p, options[i])
-        parameters = [
-            self._as_parameter(index, i, k, group, p, options[i])
-            for index, (i, k, group, p) in enumerate(self._parameters())
-        ]
+                copies = state.complete(p, self.state[p], options[i], run.given.pop(p, None))
+                run.copies += [(p, name) for name in copies]
+        parameters = groups.as_parameters(self.param_groups, self.state, options)
         if backend is None:
-            reference.step(_eager_groups(parameters, options), request)
+            reference.step(reference.grouped(parameters, options), request)
             return
         plan: Plan = backend.Plan(parameters, options, self.state, self.param_groups)
         if not plan.step(self.state, self.param_groups, request):
             raise RuntimeError("tensors changed while the step was being prepared")
         run.plan = plan
-
-    def _check(self, options: Sequence[GroupOptions]) -> None:
-        """Look at everything that a step relies on."""
-        tensors, names = [], []
-        for i, k, group, p in self._parameters():
-            own = self.state.get(p, {})
-            if not (_learns(p) or own):
-                continue
-            name = checks.name_of(group, i, k)
-            checks.check_parameter(p, name)
-            checks.check_gradient(p, name)
-            state.check_in_use(p, own, options[i], name, p.grad is not None, p in self._run.given)
-            for what, x in ((name, p), *state.written(own, name)):
-                if layouts.has_memory(here := layouts.local(x)):
-                    tensors.append(here)
-                    names.append(what)
-        memory = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
-        if memory != self._run.checked_memory:
-            checks.check_memory(tensors, names)
-            self._run.checked_memory = memory
-
-    def _complete_state(self, p: Tensor, options: GroupOptions) -> None:
-        own, given = self.state[p], self._run.given.pop(p, None)
-        copies = state.complete(p, own, options, given)
-        self._run.copies += [(p, name) for name in copies]
-
-    def _as_parameter(
-        self, index: int, i: int, k: int, group: dict[str, Any], p: Tensor, options: GroupOptions
-    ) -> Parameter:
-        own = self.state.get(p) or None
-        return Parameter(
-            tensor=p,
-            state=own,
-            streams={} if own is None else state.streams(p, own, options),
-            storage=state.storage_of(p, options),
-            group=i,
-            name=checks.name_of(group, i, k),
-            position=index,
-            total=0 if own is None else p.numel() * (2 if p.is_complex() else 1),
-        )
 
     def _renew(self) -> None:
         """Copies of weights that have not moved since: a model may have been loaded meanwhile."""
@@ -420,33 +268,19 @@ class _Adam(torch.optim.Optimizer):
     def _settle(self) -> None:
         """Copies are the optimizer's own once weights have moved; a step with lr = 0, by which
         torch.distributed.checkpoint makes the states of a new optimizer, moves none."""
-        known = [each for each in self._run.known if each is not None]
+        options = [known.options for known in self._run.known]
         still = {
             p
-            for i, _, _, p in self._parameters()
-            if known[i].options.lr == 0 and not known[i].options.device_numbers
+            for i, _, _, p in groups.parameters(self.param_groups)
+            if options[i].lr == 0 and not options[i].device_numbers
         }
         self._run.copies = [(p, name) for p, name in self._run.copies if p in still]
 
-    def _parameters(self) -> Iterator[tuple[int, int, dict[str, Any], Tensor]]:
-        """Every parameter, with its group and its index there."""
-        for i, group in enumerate(self.param_groups):
-            for k, p in enumerate(group["params"]):
-                yield i, k, group, p
-
-    def _active_parameters(self) -> list[tuple[str, Tensor, str]]:
-        """Name, parameter and method of those that have a gradient. No two have the same name."""
-        given = Counter(x for group in self.param_groups for x in group.get("param_names", ()))
-        parameters = []
-        for i, k, group, p in self._parameters():
-            name = group["param_names"][k] if "param_names" in group else str(k)
-            if p.grad is not None:
-                parameters.append((name if given[name] == 1 else f"{i}.{name}", p, self._method))
-        return parameters
-
     def _device(self) -> torch.device:
         """Where the numbers of the whole step are: on the first parameter's device."""
-        return next((p.device for *_, p in self._parameters()), torch.device("cpu"))
+        return next(
+            (p.device for *_, p in groups.parameters(self.param_groups)), torch.device("cpu")
+        )
 
     # ---- what a step leaves behind -------------------------------------------------------------
 
@@ -475,9 +309,9 @@ class _Adam(torch.optim.Optimizer):
             )
         calls, table, parameters = self._run.measured
         return Telemetry(
-            names=[name for name, _, _ in parameters],
-            numels=[p.numel() * (2 if p.is_complex() else 1) for _, p, _ in parameters],
-            methods=[method for _, _, method in parameters],
+            names=[name for name, _ in parameters],
+            numels=[groups.elements(p) for _, p in parameters],
+            method=self._method,
             table=table,
             step=calls,
         )
@@ -502,7 +336,7 @@ class _Adam(torch.optim.Optimizer):
         with ExitStack() as undo:  # all of it, whatever of it fails
             self._run.swapped = True
             undo.callback(setattr, self._run, "swapped", False)
-            for _, _, group, p in self._parameters():
+            for _, _, group, p in groups.parameters(self.param_groups):
                 ema = self.state.get(p, {}).get("ema")
                 if group["ema_decay"] is None or ema is None or p in not_moved:
                     continue
@@ -579,29 +413,6 @@ class _Adam(torch.optim.Optimizer):
         fresh = _Run(given=given, copies=copies)
         run: _Run = vars(self).setdefault("_run", fresh)
         vars(run).update(vars(fresh))
-
-
-def _learns(p: Tensor) -> bool:
-    """Whether it may have a gradient; all else, of whatever type, is left alone."""
-    lazy = isinstance(p, torch.nn.parameter.UninitializedTensorMixin)
-    return (p.requires_grad or p.grad is not None) and not lazy
-
-
-def _eager_groups(
-    parameters: Sequence[Parameter], options: Sequence[GroupOptions]
-) -> list[reference.Group]:
-    groups = [reference.Group(each.read(), [], [], [], [], [], []) for each in options]
-    for p in parameters:
-        if p.tensor.grad is None or p.state is None:
-            continue
-        group = groups[p.group]
-        group.params.append(layouts.local(p.tensor))
-        group.grads.append(layouts.local(p.tensor.grad))
-        group.states.append({name: layouts.local(x) for name, x in p.state.items()})
-        group.indices.append(p.position)
-        group.totals.append(p.total)
-        group.numberings.append(p.numbering)
-    return groups
 
 
 def _number_on(device: torch.device, x: Any) -> Tensor | None:

@@ -60,9 +60,7 @@ class Request(NamedTuple):
     @property
     def needs_norm(self) -> bool:
         """Whether the norm of all gradients is asked for, or decides over the step."""
-        return (
-            self.grad_norm is not None or self.skip_nonfinite or self.max_grad_norm != math.inf
-        )
+        return self.grad_norm is not None or self.skip_nonfinite or self.max_grad_norm != math.inf
 
 
 class Phases(Protocol):

@@ -373,9 +373,7 @@ def check_step(step: Any, name: str) -> None:
         raise ValueError(f"the state of {name} has step {step!r}: it must be a whole number >= 0")
 
 
-def check_companions(
-    p: Tensor, state: Mapping[str, Any], options: GroupOptions, name: str
-) -> None:
+def check_companions(p: Tensor, state: Mapping[str, Any], options: GroupOptions, name: str) -> None:
     """What 16-bit weights keep beside them belongs to how they are rounded."""
     if p.dtype not in NARROW or "exp_avg" not in state:
         return
