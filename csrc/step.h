@@ -50,8 +50,7 @@ struct StepInput {
   bool needs_sums() const { return projected() || needs_maxima() || needs_squares(); }
 
  private:
-  // SWD's with amsgrad. Not `vmax`: of a tensor without elements here it may be null.
-  static bool has_maximum(const Tensor& tensor) { return !tensor.v_sum; }
+  static bool has_maximum(const Tensor& tensor) { return tensor.vmax != nullptr; }
 };
 
 class Step {
