@@ -152,7 +152,9 @@ void Plan::add_streams(Parameter& p, const py::dict& streams) {
     entry->wraps = !entry->value.is(value);
     entry->data = address(view);
     entry->dtype = *dtype(view);
-    role->set(p, entry->data, entry->dtype);
+    // A stream of no elements has no address, and yet there is one.
+    static double nothing;
+    role->set(p, entry->data ? entry->data : &nothing, entry->dtype);
   }
 }
 
