@@ -12,6 +12,7 @@
 // added to the table.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "work.h"
@@ -30,12 +31,26 @@ struct StepInput {
   const std::vector<Row>& rows;
   Request request;
   Stream stream;
-  double (*sums)[kSums];  // a row for each tensor, on the device
+  // A row for each tensor, on the device; may be null where needs_sums() says no.
+  double (*sums)[kSums];
 
   bool swd() const { return !rows.empty() && rows.front().options.swd; }
   bool projected() const {
     return !rows.empty() && rows.front().options.decay == Decay::projection;
   }
+
+  // What is to be summed over the gradients.
+  bool needs_maxima() const {
+    return swd() && std::any_of(tensors.begin(), tensors.end(), has_maximum);
+  }
+  bool needs_squares() const {
+    return request.needs_norm() || request.telemetry ||
+           (swd() && !std::all_of(tensors.begin(), tensors.end(), has_maximum));
+  }
+  bool needs_sums() const { return projected() || needs_maxima() || needs_squares(); }
+
+ private:
+  static bool has_maximum(const Tensor& tensor) { return tensor.vmax != nullptr; }
 };
 
 class Step {
@@ -47,7 +62,10 @@ class Step {
 
   // How often `reduce` and `decide` take turns. The maxima of amsgrad are those of the scaled gradients:
   // for SWD's V they have to wait for the norm, and are round 1 behind that of the squares, round 0.
-  static int rounds(const StepInput& input);
+  static int rounds(const StepInput& input) {
+    if (input.needs_maxima()) return input.request.needs_norm() ? 2 : 1;
+    return input.needs_squares() ? 1 : 0;
+  }
 
   virtual void begin(const StepInput& input) = 0;
   virtual void reduce(int round) = 0;

@@ -11,9 +11,8 @@ namespace wdk {
 struct Row {
   GroupOptions options;
   StepNumbers numbers;
-  double t;  // step count
-  Number
-      step;  // where it stands on the device, if counted there: then t and numbers are found there
+  double t;     // step count
+  Number step;  // where it stands on the device, if counted: then t and numbers are found there
 };
 
 // A tensor's streams: its elements in memory, all in one order. Which of them there are Python decides

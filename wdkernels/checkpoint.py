@@ -8,6 +8,7 @@ entries of ours along, but has not kept them up.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from wdkernels import checks, state
 from wdkernels.options import (
-    ALWAYS_IN_GROUPS,
     GROUP_OPTIONS,
     NUMBERS,
     OF_NARROW_WEIGHTS,
@@ -27,19 +27,19 @@ from wdkernels.options import (
 
 _KIND = "decoupled_weight_decay"  # torch's name
 _FOREIGN = (*TORCH_CHOICES, _KIND)  # which a group in use has not
-_KIND_OF_METHOD = {"l2": False, "unmixed": False, "decoupled": True, "swd": True, "spd": None}
+_KIND_OF_METHOD = {"l2": False, "decoupled": True, "swd": True, "spd": None}
 _NO_STATE_DICT = (
     "this is not the state_dict of an optimizer, which holds 'state' and 'param_groups'"
 )
 
 
-def saved_group(group: Mapping[str, Any], options: GroupOptions) -> dict[str, Any]:
-    """What a state dict holds of a group."""
+def saved_group(group: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """What a state dict holds of a group of an optimizer of this method."""
     kept = {key: value for key, value in group.items() if key not in _FOREIGN}
     for key, value in kept.items():
         if isinstance(value, torch.dtype):  # which not every tool can save
             kept[key] = str(value).removeprefix("torch.")
-    return {**kept, _KIND: _KIND_OF_METHOD[options.method]}
+    return {**kept, _KIND: _KIND_OF_METHOD[method]}
 
 
 class Loaded(NamedTuple):
@@ -164,19 +164,20 @@ def _merged_group(saved: Mapping[str, Any], group: Mapping[str, Any], method: st
             value = group[name]
         else:
             value = row.default
-        if name in ALWAYS_IN_GROUPS or value is not row.default:
-            new[name] = value
+        new[name] = copy.deepcopy(value)
     if new.get("moment_dtype") is not None:
-        new["moment_dtype"] = GROUP_OPTIONS["moment_dtype"].check(new["moment_dtype"], "moment_dtype")
+        new["moment_dtype"] = GROUP_OPTIONS["moment_dtype"].check(
+            new["moment_dtype"], "moment_dtype"
+        )
     # What is nobody's option, such as a scheduler's initial_lr or a name, is saved as it is.
     others = {**group, **saved}
     new.update(
-        (key, value)
+        (key, copy.deepcopy(value))
         for key, value in others.items()
-        if key not in GROUP_OPTIONS and key not in _FOREIGN
+        if key not in GROUP_OPTIONS and key not in (*_FOREIGN, "params")
     )
     new["params"] = group["params"]
-    return new
+    return Group.of(new)
 
 
 def _check_group(
@@ -207,7 +208,11 @@ def _check_group(
 def _check_kind_of_decay(saved: Mapping[str, Any], target: Target, index: int) -> None:
     """The same number is much for one kind and little for another. SPD takes any."""
     decoupled: bool | None = saved.get(_KIND)  # older torch does not say
-    if _KIND not in saved and not _by_torch(saved) and ("decay_scale" in saved or "unmixed" in saved):
+    if (
+        _KIND not in saved
+        and not _by_torch(saved)
+        and ("decay_scale" in saved or "unmixed" in saved)
+    ):
         decoupled = "decay_scale" in saved
     where = f"weight_decay of group {index} of the state_dict"
     if decoupled is True and target.method == "l2":

@@ -154,7 +154,7 @@ class Option(NamedTuple):
     check: Callable[[Any, str], Any]
     text: str  # of help(); it begins after the option's name
     streams: bool = False  # whether it decides over the tensors that a step reads and writes
-    senseless: Mapping[str, str] = {}  # noqa: RUF012 - methods that have it not, and why
+    senseless: Mapping[str, str] = {}
 
 
 _IN_THE_STEP = "with L2 the decay is a part of the step, which lr multiplies as a whole"
@@ -166,7 +166,9 @@ class Adams(TypedDict):
     """Options of torch.optim.Adam, which may be given by position; each optimizer has defaults."""
 
     lr: Annotated[Number, Option(1e-3, number, "the learning rate eta")]
-    betas: Annotated[tuple[float, float], Option((0.9, 0.999), pair_of_betas, "(b1, b2) of m and v")]
+    betas: Annotated[
+        tuple[float, float], Option((0.9, 0.999), pair_of_betas, "(b1, b2) of m and v")
+    ]
     eps: Annotated[float, Option(1e-8, number, "keeps the quotient finite")]
     weight_decay: Annotated[Number, Option(0.0, number, "lambda, before its schedule")]
     amsgrad: Annotated[
@@ -416,6 +418,18 @@ class Group(dict[str, Any]):
             return super().get(name, default)
         return GROUP_OPTIONS[name].default
 
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> Group:
+        """A group without the options that say what is the default anyway."""
+        return cls((k, x) for k, x in group.items() if k in ALWAYS_IN_GROUPS or _says(k, x))
+
+
+def _says(name: str, value: Any) -> bool:
+    row = GROUP_OPTIONS.get(name)
+    if row is None or type(value) is not type(row.default):
+        return row is None or value is not row.default
+    return bool(value != row.default)
+
 
 class GroupOptions:
     """A group's options, checked and made plain: an attribute for each row of the table.
@@ -485,7 +499,9 @@ def from_group(method: str, group: Mapping[str, Any], on_device: bool = False) -
             raise ValueError(f"{name} makes no sense here: {reason}")
     given = {name: group[name] if name in group else row.default for name, row in _GROUP_ROWS}
     # Those of a device are read there, and never waited for.
-    tensors = {name: x for name in ON_A_DEVICE if isinstance(x := given[name], Tensor) and x.is_cuda}
+    tensors = {
+        name: x for name in ON_A_DEVICE if isinstance(x := given[name], Tensor) and x.is_cuda
+    }
     capturable = flag(given["capturable"], "capturable")
     if tensors and not capturable:
         name, x = next(iter(tensors.items()))
@@ -504,7 +520,9 @@ def from_group(method: str, group: Mapping[str, Any], on_device: bool = False) -
         raise ValueError(
             "anchor='ema' decays to the running average of the weights: set ema_decay, which keeps it"
         )
-    if plain["lr_max"] is None:  # only in a group that is being made: so this waits for a device once
+    if (
+        plain["lr_max"] is None
+    ):  # only in a group that is being made: so this waits for a device once
         plain["lr_max"] = tensors["lr"].item() if "lr" in tensors else plain["lr"]
     if plain["lr_max"] == 0 and plain["decay_scale"] in ("relative_lr", "corrected"):
         raise ValueError(

@@ -60,9 +60,7 @@ class Request(NamedTuple):
     @property
     def needs_norm(self) -> bool:
         """Whether the norm of all gradients is asked for, or decides over the step."""
-        return (
-            self.grad_norm is not None or self.skip_nonfinite or self.max_grad_norm != math.inf
-        )
+        return self.grad_norm is not None or self.skip_nonfinite or self.max_grad_norm != math.inf
 
 
 class Phases(Protocol):
@@ -99,6 +97,9 @@ class Plan(Protocol):
 
     def set_options(self, group: int, options: GroupOptions) -> None:
         """Numbers may change; what decides over the streams that are read may not."""
+
+    def set_number(self, group: int, name: str, value: float) -> None:
+        """One of lr, beta1, beta2, eps and weight_decay has changed, and nothing else."""
 
     def step(
         self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]], request: Request

@@ -43,10 +43,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wdkernels import rounding, schedules
+from wdkernels import layouts, rounding, schedules
 from wdkernels.coefficients import decay_scale, ema_decay, mix, random_key
 from wdkernels.options import GroupOptions
-from wdkernels.plan import Numbering, Request
+from wdkernels.plan import Numbering, Parameter, Request
 from wdkernels.state import storage_of
 from wdkernels.sums import SUMS
 from wdkernels.telemetry import COLUMNS
@@ -62,9 +62,24 @@ class Group(NamedTuple):
     grads: list[Tensor]
     states: list[State]
     indices: list[int]  # positions over all groups
-    # Where tensors are shards: elements of the whole ones, and which of them these are.
-    totals: list[int] | None = None
-    numberings: list[Numbering] | None = None
+    totals: list[int]  # elements of the whole tensors, of which these may be shards
+    numberings: list[Numbering]  # which of them these are
+
+
+def grouped(parameters: Sequence[Parameter], options: Sequence[GroupOptions]) -> list[Group]:
+    """The parameters that have a gradient and a state, by group."""
+    groups = [Group(each.read(), [], [], [], [], [], []) for each in options]
+    for p in parameters:
+        if p.tensor.grad is None or p.state is None:
+            continue
+        group = groups[p.group]
+        group.params.append(layouts.local(p.tensor))
+        group.grads.append(layouts.local(p.tensor.grad))
+        group.states.append({name: layouts.local(x) for name, x in p.state.items()})
+        group.indices.append(p.position)
+        group.totals.append(p.total)
+        group.numberings.append(p.numbering)
+    return groups
 
 
 def step(groups: Sequence[Group], request: Request) -> None:
@@ -126,8 +141,7 @@ class Step:
             for group in groups
             for tensors in zip(
                 *(group.params, group.grads, group.states, group.indices),
-                group.totals or [_real(w).numel() for w in group.params],
-                group.numberings or [Numbering()] * len(group.params),
+                *(group.totals, group.numberings),
                 strict=True,
             )
         ]

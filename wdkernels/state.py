@@ -222,6 +222,12 @@ def check_group(params: Sequence[Tensor], options: GroupOptions, where: str) -> 
         )
 
 
+def check_anchor(p: Tensor, anchor: Any, name: str) -> None:
+    if not isinstance(anchor, Tensor):
+        raise ValueError(f"the anchor of {name} must be a tensor, not {type(anchor).__name__}")
+    check_alike(anchor, p, anchor_dtypes(p), f"the anchor of {name}", ValueError)
+
+
 def check_state(p: Tensor, state: Any, name: str) -> None:
     """A state that holds moments must be a whole one; missing optional entries are made later."""
     if not isinstance(state, dict):
@@ -295,11 +301,19 @@ def check_saved(p: Tensor, state: Any, name: str) -> None:
 
 
 def check_in_use(
-    p: Tensor, state: Mapping[str, Any], options: GroupOptions, name: str, given: bool
+    p: Tensor,
+    state: Mapping[str, Any],
+    options: GroupOptions,
+    name: str,
+    active: bool,
+    given: bool,
 ) -> None:
-    """In a state in use, the dtypes and devices count as well. `given`: an anchor is at hand."""
+    """In a state in use, the dtypes and devices count as well.
+
+    `active`: the step is to update p; `given`: the user has given p an anchor, not in the state yet.
+    """
     check_state(p, state, name)
-    late = "exp_avg" in state or options.anchor == "given"
+    late = "exp_avg" in state or (active and options.anchor == "given")
     if BY_NAME["anchor"].needed(p, options) and "anchor" not in state and late and not given:
         raise ValueError(
             f"{name} has no anchor: choose one at construction or in add_param_group; "
@@ -359,9 +373,7 @@ def check_step(step: Any, name: str) -> None:
         raise ValueError(f"the state of {name} has step {step!r}: it must be a whole number >= 0")
 
 
-def check_companions(
-    p: Tensor, state: Mapping[str, Any], options: GroupOptions, name: str
-) -> None:
+def check_companions(p: Tensor, state: Mapping[str, Any], options: GroupOptions, name: str) -> None:
     """What 16-bit weights keep beside them belongs to how they are rounded."""
     if p.dtype not in NARROW or "exp_avg" not in state:
         return

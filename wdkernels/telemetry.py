@@ -63,7 +63,7 @@ class Telemetry(Mapping[str, Mapping[str, Tensor]]):
         self,
         names: Sequence[str],
         numels: Sequence[int],
-        methods: Sequence[str],
+        method: str,
         table: Tensor,
         step: int,
     ) -> None:
@@ -74,7 +74,7 @@ class Telemetry(Mapping[str, Mapping[str, Tensor]]):
         each = _quantities(columns, sizes)
         self._names = list(names)
         self._rows = {name: row for row, name in enumerate(names)}
-        self._keys = [[*each, *_OF_METHOD.get(method, ())] for method in methods]
+        self._keys = [*each, *_OF_METHOD.get(method, ())]
         each.update(selected=columns["selected"], ratio=columns["ratio"])
         each.update(sqrt_mean_v=columns["mean_v"].sqrt())
         self._each = each
@@ -85,15 +85,15 @@ class Telemetry(Mapping[str, Mapping[str, Tensor]]):
         total = _quantities(sums, count)
         for key in ("lr", "decay"):  # of groups, not of a model
             del total[key]
-        if "spd" in methods:
+        if method == "spd":
             total["selected"] = sums["selected"]
-        if "swd" in methods:
+        if method == "swd":
             total["sqrt_mean_v"] = columns["mean_v"].max().sqrt()
         self.total: Mapping[str, Tensor] = total
 
     def __getitem__(self, name: str) -> Mapping[str, Tensor]:
         row = self._rows[name]
-        return {key: self._each[key][row] for key in self._keys[row]}
+        return {key: self._each[key][row] for key in self._keys}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -105,8 +105,7 @@ class Telemetry(Mapping[str, Mapping[str, Tensor]]):
         """All of it as plain numbers, by parameter's name; that of all parameters is "total"."""
         columns = {key: column.tolist() for key, column in self._each.items()}
         found = {
-            name: {key: columns[key][row] for key in self._keys[row]}
-            for name, row in self._rows.items()
+            name: {key: columns[key][row] for key in self._keys} for name, row in self._rows.items()
         }
         found["total" if "total" not in found else "total of all"] = {
             key: value.item() for key, value in self.total.items()
