@@ -57,7 +57,7 @@ from wdkernels.triton_streams import (
     at_once,
     coefficients_of,
     columns,
-    elements,
+    numbers_in_whole,
     inside,
     noise_in,
     only,
@@ -115,14 +115,6 @@ def total(partials, begin, end, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def is_left(column, measured: tl.constexpr, projected: tl.constexpr):
-    """Whether an update leaves this column of the sums."""
-    first = GRADIENT2 if measured else ALIGNMENT
-    last = N_SUMS if projected else ALIGNMENT
-    return (column >= first) & (column < last) & (column != MAXIMUM)
-
-
-@triton.jit
 def row_of_sums(sums, tensors, i):
     """Where those of tensor i begin."""
     return sums + tl.load(tensors + i * WORDS + ACTIVE) * N_SUMS
@@ -149,14 +141,15 @@ def projection_sums(partials, begin, end, row):
 
 @triton.jit
 def fold_kernel(tensors, firsts, partials, sums, MEASURE: tl.constexpr, PROJECT: tl.constexpr):
-    """What an update has summed over a tensor, into its row."""
+    """What an update has summed over a tensor, into its row. Its squares are those of the reduction."""
     i = tl.program_id(0).to(tl.int64)
     begin = tl.load(firsts + i)
     end = tl.load(firsts + i + 1)
     row = row_of_sums(sums, tensors, i)
-    for column in tl.static_range(N_SUMS):
-        if is_left(column, MEASURE, PROJECT):
-            tl.store(row + column, total(partials + column, begin, end, PARTS))
+    for column in tl.static_range(
+        WEIGHT2 if MEASURE else ALIGNMENT, N_SUMS if PROJECT else ALIGNMENT
+    ):
+        tl.store(row + column, total(partials + column, begin, end, PARTS))
 
 
 @triton.jit
@@ -222,7 +215,7 @@ def update_block(
     )
     y = update(x, c, amsgrad, cautious, decay)
 
-    element = elements(p.numbering, begin, SIZE, RUNS)
+    element = numbers_in_whole(p.numbering, begin, SIZE, RUNS)
     bits = noise(random.moments, element)
     write(p.m, begin, y.m, bits, here, moments, SIZE, VECTOR)
     write(p.v, begin, y.v, bits >> 16, here, moments, SIZE, VECTOR)
@@ -325,9 +318,11 @@ def update_kernel(
                 0,
             )
     if PROJECT or MEASURE:
+        FIRST: tl.constexpr = GRADIENT2 if MEASURE else ALIGNMENT
+        LAST: tl.constexpr = N_SUMS if PROJECT else ALIGNMENT
         column = tl.arange(0, PARTS)
         chunk = partials + PARTS * tl.program_id(0).to(tl.int64)
-        tl.store(chunk + column, sums, is_left(column, MEASURE, PROJECT))
+        tl.store(chunk + column, sums, (column >= FIRST) & (column < LAST))
 
 
 # ---- before the step: the gradients' norm, SWD's V -----------------------------------------------
@@ -401,29 +396,29 @@ def decide_kernel(
 ):
     """What `count` parts of the gradients' squared norm, a GradScaler's tensors and the `limit` of
     the norm mean for all tensors; None are those that nobody gave or asks for."""
-    only_one = tl.arange(0, 1)
+    at = tl.arange(0, 1)
     one = tl.full([1], 1.0, tl.float64)
     unscale = one
     if grad_scale is not None:
-        unscale = one / tl.load(grad_scale + only_one).to(tl.float64)
+        unscale = one / tl.load(grad_scale + at).to(tl.float64)
     skip = one < 0
     if found_inf is not None:
-        skip = tl.load(found_inf + only_one) != 0
+        skip = tl.load(found_inf + at) != 0
     clip = one
     if squares is not None:
         norm = unscale * tl.sqrt(total(squares, 0, count, 1))
-        bound = tl.load(limit + only_one)
+        bound = tl.load(limit + at)
         ratio = bound / (norm + 1e-6)
         clip = tl.where((ratio > 1) | (bound == float("inf")), one, ratio)  # NaN stays NaN
         if SKIP_NONFINITE:
             skip = skip | (norm - norm != 0)
         if grad_norm is not None:
-            tl.store(grad_norm + only_one, norm)
-    tl.store(decision + SCALE + only_one, unscale * clip)
-    tl.store(decision + UNSCALE + only_one, unscale)
-    tl.store(decision + SKIP + only_one, tl.where(skip, one, 0.0))
+            tl.store(grad_norm + at, norm)
+    tl.store(decision + SCALE + at, unscale * clip)
+    tl.store(decision + UNSCALE + at, unscale)
+    tl.store(decision + SKIP + at, tl.where(skip, one, 0.0))
     if skipped is not None:
-        tl.store(skipped + only_one, tl.load(skipped + only_one) + tl.where(skip, 1, 0))
+        tl.store(skipped + at, tl.load(skipped + at) + tl.where(skip, 1, 0))
 
 
 @triton.jit
@@ -441,9 +436,9 @@ def share_of_v_kernel(tensors, rows, firsts, unrounded, decision, partials, sums
     kept = tl.load(words + EXP_AVG_SQ_SUM)
     if kept != 0:
         kept_at = kept.to(tl.pointer_type(tl.float64))
-        elements = tl.load(words + TOTAL)
+        size = tl.load(words + TOTAL)
         one_minus_beta2 = tl.load(numbers + ONE_MINUS_BETA2)
-        found = kept_sum(tl.load(kept_at), elements, found, scale_of(decision), one_minus_beta2)
+        found = kept_sum(tl.load(kept_at), size, found, scale_of(decision), one_minus_beta2)
         tl.store(kept_at, found, proceeds(decision))
     tl.store(shares + i, found / tl.load(numbers + BIAS_CORRECTION2))
 
@@ -493,7 +488,7 @@ def pull_chunk(
         a = read(p.a, p.begin, only(pulled, p.a != 0), anchors, T, CHUNK, VECTOR)
     else:
         a = tl.zeros([CHUNK], T)
-    bits = noise(random.pulled, elements(p.numbering, p.begin, CHUNK, RUNS))
+    bits = noise(random.pulled, numbers_in_whole(p.numbering, p.begin, CHUNK, RUNS))
     w = project(w, a, shrink)
     seen = write_weight(p, p.begin, w, bits, pulled, weights, T, storage, CHUNK, VECTOR)
     if AVERAGED:

@@ -178,8 +178,8 @@ def noise_in(p, unrounded):
 
 
 @triton.jit
-def elements(numbering, begin, SIZE: tl.constexpr, RUNS: tl.constexpr):
-    """What SIZE elements from `begin` on are in the whole tensor, the low 32 bits of their numbers."""
+def numbers_in_whole(numbering, begin, SIZE: tl.constexpr, RUNS: tl.constexpr):
+    """The low 32 bits of the numbers that SIZE elements from `begin` on have in the whole tensor."""
     if RUNS:
         i = begin + tl.arange(0, SIZE)
         if numbering.run != 0:
