@@ -15,9 +15,9 @@ if not torch.cuda.is_available():
 @pytest.fixture
 def restored() -> Iterator[None]:
     """The process's threads and instruction set, as they were."""
-    from wdkernels import native  # may import Triton, so not above
+    from support import internals  # may import Triton, so not above
 
-    threads, instruction_set = torch.get_num_threads(), native._C.instruction_set()
+    threads, instruction_set = torch.get_num_threads(), internals.instruction_set()
     yield
     torch.set_num_threads(threads)
-    native._C.use_instruction_set(instruction_set)
+    internals.use_instruction_set(instruction_set)

@@ -14,7 +14,7 @@ import pytest
 import sanitize
 import torch
 from rich.console import Console
-from variants import needs_native
+from support import needs_native
 
 from bench import chart, limit, machine, report, targets
 from bench.clock import Clock

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from eager import Eager
 from golden import Case, Runner, names, replay
+from support import Eager, needs_native
 from torch import Tensor
-from variants import needs_native
 
 import wdkernels as wd
 

@@ -9,31 +9,30 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from variants import (
+from support import (
     METHODS,
     Variant,
     anchors_of,
+    assert_close,
     assert_same_bits,
     every_backend,
     every_method,
     gradient,
     needs_native,
+    other_order,
     random,
+    sliced,
     snapshot,
     train,
+    trained,
 )
+from support.internals import overlapping, runs_of_memory
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import wdkernels as wd
-from wdkernels.layouts import _runs, overlapping
 
 SHAPE = (2, 3, 4, 5)
-
-
-def sliced(x: Tensor) -> Tensor:
-    """Holes between the elements."""
-    return torch.full((*x.shape, 2), 7, dtype=x.dtype)[..., 0].copy_(x)
 
 
 def inner(x: Tensor) -> Tensor:
@@ -50,7 +49,7 @@ def shifted(x: Tensor) -> Tensor:
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": Tensor.clone,
     "channels_last": lambda x: x.clone().contiguous(memory_format=torch.channels_last),
-    "transposed": lambda x: x.mT.contiguous().mT,
+    "transposed": other_order,
     "reversed": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
     "sliced": sliced,
     "inner": inner,
@@ -137,9 +136,7 @@ def test_interleaved_slices_of_one_tensor_are_two_parameters(
     runs = []
     for base in (random(5, 2, seed=1), random(5, 2, seed=1).t().contiguous().t()):
         params = [base[:, 0], base[:, 1]]
-        optimizer = variant.build(params, backend, anchor="initial")
-        train(optimizer, params, range(4))
-        runs.append(snapshot(optimizer, params))
+        runs.append(trained(variant.build(params, backend, anchor="initial"), params, 4))
     assert_as(runs[0], runs[1], variant)
 
 
@@ -153,9 +150,8 @@ def test_small_shapes(variant: Variant, shape: tuple[int, ...], backend: str) ->
         params = [random(*shape, seed=1), random(7, seed=1)[3] if shape == () else None, *others]
         params = [p for p in params if p is not None]
         optimizer = variant.build(params, backend, amsgrad=True, anchor="initial")
-        train(optimizer, params, range(3))
-        runs.append(snapshot(optimizer, params))
-        assert optimizer.state[params[0]]["exp_avg"].shape == shape
+        runs.append(trained(optimizer, params, 3))
+        assert runs[-1]["exp_avg 0"].shape == shape
     if variant.method != "swd":
         assert torch.equal(runs[0]["weight 0"], runs[1]["weight 0"])
 
@@ -245,9 +241,7 @@ def test_lazily_conjugated_and_negated_anchors(
         anchors = [conjugate, conjugate.imag]
         if not lazy:
             anchors = [conjugate.resolve_conj(), conjugate.imag.resolve_neg().clone()]
-        optimizer = variant.build(params, backend, anchor=anchors)
-        train(optimizer, params, range(3))
-        runs.append(snapshot(optimizer, params))
+        runs.append(trained(variant.build(params, backend, anchor=anchors), params, 3))
     assert_same_bits(*runs)
 
 
@@ -415,8 +409,8 @@ def test_gradients_come_and_go(variant: Variant, backend: str) -> None:
                 p.grad = random(*p.shape, seed=100 * t + i) * 0.9**t if chosen[i] else None
             optimizer.step()
     runs = [snapshot(o, each) for o, each in zip(optimizers, params, strict=True)]
-    for key in runs[0]:  # the reference knows the states of all parameters from the start
-        torch.testing.assert_close(runs[0][key], runs[1][key], rtol=1e-12, atol=1e-12)
+    # The reference knows the states of all parameters from the start.
+    assert_close(runs[0], {key: runs[1][key] for key in runs[0]})
 
 
 @every_backend
@@ -443,8 +437,7 @@ def test_edited_groups(method: str, backend: str) -> None:
         optimizer.param_groups.reverse()
         train(optimizer, params, range(6, 7))
         runs.append(snapshot(optimizer, params))
-    for key in runs[1]:
-        torch.testing.assert_close(runs[0][key], runs[1][key], rtol=1e-12, atol=1e-12)
+    assert_close(*runs)
 
 
 @every_backend
@@ -536,7 +529,7 @@ def test_memory_is_looked_at_without_listing_elements() -> None:
     """Neither those of a tensor that is one run, nor those of one that is expanded."""
     assert overlapping([torch.ones(1).expand(10**9, 10**9)]) == (0, 0)
     x = torch.empty(2, 2**34, device="meta")
-    assert _runs(x)[1] == 2**37
+    assert runs_of_memory(x)[1] == 2**37
 
 
 def test_meta_tensors_share_no_memory() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support import METHODS, Variant, random
 from torch import Tensor
-from variants import METHODS, Variant, random
 
 SHAPES = [(5, 3), (4,), (2, 3, 2), (1, 2)]  # not all of which two processes can share evenly
 STEPS = 3

@@ -1,0 +1,91 @@
+"""What the tests share.
+
+numbers.py     weights, gradients, a run of steps, and comparisons of what is left of it
+variants.py    the table that the tests expand: every optimizer, every option, every backend
+edges.py       gradients and weights that leave the usual numbers
+internals.py   whatever of wdkernels is looked at from within; all else goes by its front door
+"""
+
+from support.edges import EDGES, Edge, assert_as_at, every_edge, step_at
+from support.internals import Eager
+from support.numbers import (
+    LOUD,
+    SHAPES,
+    WIDE,
+    Wrapper,
+    anchors_of,
+    assert_close,
+    assert_same_bits,
+    bits,
+    gradient,
+    other_order,
+    random,
+    saved,
+    scaled,
+    set_gradients,
+    sliced,
+    snapshot,
+    train,
+    trained,
+    weights,
+)
+from support.variants import (
+    BACKENDS,
+    METHODS,
+    NARROW,
+    PLAIN,
+    REFERENCE,
+    STORAGE,
+    TORCH,
+    USUAL,
+    VARIANTS,
+    Variant,
+    every_backend,
+    every_method,
+    every_solver,
+    every_variant,
+    needs_native,
+)
+
+__all__ = [
+    "BACKENDS",
+    "EDGES",
+    "LOUD",
+    "METHODS",
+    "NARROW",
+    "PLAIN",
+    "REFERENCE",
+    "SHAPES",
+    "STORAGE",
+    "TORCH",
+    "USUAL",
+    "VARIANTS",
+    "WIDE",
+    "Eager",
+    "Edge",
+    "Variant",
+    "Wrapper",
+    "anchors_of",
+    "assert_as_at",
+    "assert_close",
+    "assert_same_bits",
+    "bits",
+    "every_backend",
+    "every_edge",
+    "every_method",
+    "every_solver",
+    "every_variant",
+    "gradient",
+    "needs_native",
+    "other_order",
+    "random",
+    "saved",
+    "scaled",
+    "set_gradients",
+    "sliced",
+    "snapshot",
+    "step_at",
+    "train",
+    "trained",
+    "weights",
+]
