@@ -6,6 +6,7 @@ edges.py       gradients and weights that leave the usual numbers
 internals.py   whatever of wdkernels is looked at from within; all else goes by its front door
 """
 
+from support import internals
 from support.edges import EDGES, Edge, assert_as_at, every_edge, step_at
 from support.internals import Eager
 from support.numbers import (
@@ -17,6 +18,7 @@ from support.numbers import (
     assert_close,
     assert_same_bits,
     bits,
+    copies,
     gradient,
     other_order,
     random,
@@ -70,12 +72,14 @@ __all__ = [
     "assert_close",
     "assert_same_bits",
     "bits",
+    "copies",
     "every_backend",
     "every_edge",
     "every_method",
     "every_solver",
     "every_variant",
     "gradient",
+    "internals",
     "needs_native",
     "other_order",
     "random",
