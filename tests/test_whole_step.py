@@ -615,97 +615,50 @@ with_and_without_scaler = pytest.mark.parametrize("scale", [None, 8.0], ids=["",
 
 
 class FirstStep(NamedTuple):
-    """From w = (3, 4) with g = (2, -1), so that |w| = 5 and |g|^2 = 5. With eps = 0 and nothing
-    else u = lr (1, -1), for lr = 1/2."""
+    """From w = (3, 4), with eps 0: u is lr (1, -1) where the gradient alone is in the step."""
 
     optimizer: Any
     options: dict[str, Any]
-    told: dict[str, float]
+    decay: float
+    decay_norm: float
+    own: dict[str, float] = {}  # noqa: RUF012 - what only this method tells
     g: tuple[float, float] = (2.0, -1.0)
+    u: tuple[float, float] | None = None
+    root: tuple[float, float] | None = None  # sqrt(v); None: |g|
 
 
-_PLAIN = {  # of a step that sees the gradient alone
-    "update_norm": 0.5**0.5,
-    "update_weight_cosine": (1.5 - 2) / (0.5**0.5 * 5),
-    "relative_update": 0.5**0.5 / 5,
-    "effective_lr": (0.5 / 2 + 0.5 / 1) / 2,
-}
 _HALF = schedules.linear(0.5, 0.5, steps=1)
-_SPD = {"lr": 3.0, "weight_decay": 0.5}  # w~ = (0, 7), or (0, 7) off the anchor
-_FAR = {
-    "update_norm": 18**0.5,
-    "update_weight_cosine": (9 - 12) / (18**0.5 * 5),
-    "relative_update": 18**0.5 / 5,
-    "effective_lr": (3 / 2 + 3 / 1) / 2,
-    "lr_over_weight_norm2": 3 / 25,
-    "lr": 3.0,
-}
+_SPD = {"lr": 3.0, "weight_decay": 0.5, "anchor": "zero"}  # w~ = (0, 7)
+_OFF = {**_SPD, "anchor": (3.0, 0.0)}
 FIRST_STEPS = {
-    "decoupled": FirstStep(wd.AdamW, {}, {"decay": 0.05, "decay_norm": 0.05 * 5}),
-    "no decay": FirstStep(wd.AdamW, {"weight_decay": 0.0}, {"decay": 0.0, "decay_norm": 0.0}),
-    "half of it": FirstStep(
-        wd.AdamW, {"decay_schedule": _HALF}, {"decay": 0.025, "decay_norm": 0.025 * 5}
-    ),
+    "decoupled": FirstStep(wd.AdamW, {}, 0.05, 0.05 * 5),
+    "no decay": FirstStep(wd.AdamW, {"weight_decay": 0.0}, 0.0, 0.0),
+    "scheduled": FirstStep(wd.AdamW, {"decay_schedule": _HALF}, 0.025, 0.025 * 5),
     "relative_lr": FirstStep(
-        *(wd.AdamW, {"decay_scale": "relative_lr", "lr_max": 2.0}),
-        {"decay": 0.1 / 4, "decay_norm": 0.1 / 4 * 5},
+        wd.AdamW, {"decay_scale": "relative_lr", "lr_max": 2.0}, 0.025, 0.025 * 5
     ),
     "corrected": FirstStep(
-        *(wd.AdamW, {"decay_scale": "corrected", "lr_max": 2.0}),
-        {"decay": 0.1 / 8, "decay_norm": 0.1 / 8 * 5},
+        wd.AdamW, {"decay_scale": "corrected", "lr_max": 2.0}, 0.0125, 0.0125 * 5
     ),
     # u w is positive in the first element alone.
-    "cautious": FirstStep(wd.AdamW, {"cautious": True}, {"decay": 0.05, "decay_norm": 0.05 * 3}),
-    "anchor": FirstStep(
-        *(wd.AdamW, {"anchor": (3.0, 0.0)}),
-        {"decay": 0.05, "decay_norm": 0.05 * 4, "anchor_distance": 4.0},
-    ),
+    "cautious": FirstStep(wd.AdamW, {"cautious": True}, 0.05, 0.05 * 3),
+    "anchor": FirstStep(wd.AdamW, {"anchor": (3.0, 0.0)}, 0.05, 0.05 * 4),
     "maximize": FirstStep(
-        *(wd.AdamW, {"maximize": True}, {"decay": 0.05, "decay_norm": 0.05 * 5}),
-        g=(-2.0, 1.0),
+        wd.AdamW, {"maximize": True}, 0.05, 0.05 * 5, g=(-2.0, 1.0), u=(0.5, -0.5)
     ),
-    # The penalty is in the step, (2.3, -0.6), and not in the gradient's norm.
-    "L2": FirstStep(
-        *(wd.Adam, {}),
-        {"decay": 0.1, "decay_norm": 0.1 * 5, "effective_lr": (0.5 / 2.3 + 0.5 / 0.6) / 2},
-    ),
+    # The penalty is in v, and not in the gradient's norm.
+    "L2": FirstStep(wd.Adam, {}, 0.1, 0.1 * 5, root=(2.3, 0.6)),
     # u = lr ((2 + 0.3) / 2, (-1 + 0.4) / 1), of which the decay is lr (0.3 / 2, 0.4 / 1).
-    "unmixed": FirstStep(
-        *(wd.Adam, {"unmixed": True}),
-        {
-            "decay": 0.1,
-            "decay_norm": math.hypot(0.075, 0.2),
-            "update_norm": math.hypot(0.575, 0.3),
-            "update_weight_cosine": (0.575 * 3 - 0.3 * 4) / (math.hypot(0.575, 0.3) * 5),
-            "relative_update": math.hypot(0.575, 0.3) / 5,
-        },
-    ),
+    "unmixed": FirstStep(wd.Adam, {"unmixed": True}, 0.1, math.hypot(0.075, 0.2), u=(0.575, -0.3)),
     "SWD": FirstStep(
-        *(wd.AdamSWD, {}),
-        {
-            "decay": 0.05 / 2.5**0.5,
-            "decay_norm": 0.05 / 2.5**0.5 * 5,
-            "sqrt_mean_v": 2.5**0.5,
-        },
+        *(wd.AdamSWD, {}, 0.05 / 2.5**0.5, 0.05 / 2.5**0.5 * 5, {"sqrt_mean_v": 2.5**0.5})
     ),
-    # c = -(2 3 - 1 4) < 0, and r = (7 - 5) / 7.
-    "SPD selects": FirstStep(
-        *(wd.AdamSPD, {"anchor": "zero", **_SPD}),
-        {**_FAR, "decay": 0.5, "decay_norm": 0.5 * 2, "selected": 1.0, "ratio": 2 / 7},
+    # c = -(2 3 - 1 4) < 0, and r = (7 - 5) / 7; then c > 0; then, off (3, 0), c = -(-1 4) > 0.
+    "SPD selects": FirstStep(wd.AdamSPD, _SPD, 0.5, 0.5 * 2, {"selected": 1.0, "ratio": 2 / 7}),
+    "SPD does not": FirstStep(
+        *(wd.AdamSPD, _SPD, 0.5, 0.0, {"selected": 0.0, "ratio": 0.0}), g=(1.0, -1.0)
     ),
-    # c = -(1 3 - 1 4) > 0.
-    "SPD does not select": FirstStep(
-        *(wd.AdamSPD, {"anchor": "zero", **_SPD}),
-        {**_FAR, "decay": 0.5, "decay_norm": 0.0, "selected": 0.0, "ratio": 0.0}
-        | {"grad_norm": 2**0.5, "weight_grad_product": 5 * 2**0.5, "effective_lr": 3.0},
-        g=(1.0, -1.0),
-    ),
-    # The anchor is (3, 0), c = -(-1 4) > 0 for the second element alone.
-    "SPD, anchor": FirstStep(
-        *(wd.AdamSPD, {"anchor": (3.0, 0.0), **_SPD}),
-        {**_FAR, "decay": 0.5, "decay_norm": 0.0, "selected": 0.0, "ratio": 0.0}
-        | {"anchor_distance": 4.0},
-    ),
+    "SPD, anchor": FirstStep(wd.AdamSPD, _OFF, 0.5, 0.0, {"selected": 0.0, "ratio": 0.0}),
 }
 
 
@@ -723,30 +676,33 @@ def test_telemetry_of_a_first_step(
         return (torch.view_as_complex(pair) if dtype.is_complex else pair).to(dtype)
 
     options = {"lr": 0.5, "weight_decay": 0.1, "eps": 0.0, **first.options, **mode}
+    lr, anchor = options["lr"], (0.0, 0.0)
     if isinstance(options.get("anchor"), tuple):
-        options["anchor"] = [tensor(options["anchor"])]
+        anchor, options["anchor"] = options["anchor"], [tensor(options["anchor"])]
     w = tensor((3.0, 4.0))
     optimizer = first.optimizer([w], backend=backend, telemetry_every=1, **options)
     w.grad = tensor(first.g) * (scale or 1.0)
     scaled(optimizer, scale)
     optimizer.step()
-    expected = {
+    u, root = first.u or (lr, -lr), first.root or tuple(map(abs, first.g))
+    total = {
         "weight_norm": 5.0,
-        "grad_norm": 5**0.5,
-        "weight_grad_product": 5 * 5**0.5,
-        "anchor_distance": 5.0,
-        "lr_over_weight_norm2": 0.5 / 25,
-        "lr": 0.5,
-        **_PLAIN,
-        **first.told,
+        "grad_norm": math.hypot(*first.g),
+        "update_norm": math.hypot(*u),
+        "decay_norm": first.decay_norm,
+        "anchor_distance": math.dist((3.0, 4.0), anchor),
+        "update_weight_cosine": (3 * u[0] + 4 * u[1]) / (5 * math.hypot(*u)),
+        "relative_update": math.hypot(*u) / 5,
+        "effective_lr": (lr / root[0] + lr / root[1]) / 2,
+        "lr_over_weight_norm2": lr / 25,
+        "weight_grad_product": 5 * math.hypot(*first.g),
+        **{key: value for key, value in first.own.items() if key != "ratio"},
     }
-    wide = dtype in (torch.float64, torch.complex128)
-    close = pytest.approx(expected, rel=1e-13 if wide else 3e-6, abs=0)
+    tolerance = 1e-13 if dtype == WIDE.get(dtype) else 3e-6
     found = optimizer.telemetry().to_dict()
-    assert found["0.0"] == close
-    of_parameters = ("lr", "decay", "ratio")
-    total = {key: value for key, value in expected.items() if key not in of_parameters}
-    assert found["total"] == pytest.approx(total, rel=1e-13 if wide else 3e-6, abs=0)
+    assert found["total"] == pytest.approx(total, rel=tolerance, abs=0)
+    total |= {"lr": lr, "decay": first.decay, **first.own}
+    assert found["0.0"] == pytest.approx(total, rel=tolerance, abs=0)
 
 
 @with_and_without_scaler
