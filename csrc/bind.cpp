@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <array>
+#include <string>
+#include <tuple>
 #include <type_traits>
 
 #include "cpu.h"
@@ -36,7 +38,28 @@ static T* numbers(const py::object& tensor) {
   return static_cast<T*>(address(view));
 }
 
-using Schedules = std::array<Schedule, 2>;
+// The value of an enumeration whose names stand in this order.
+template <class Value, size_t count>
+static Value named(const char* const (&names)[count], const std::string& name) {
+  const auto found = std::find(std::begin(names), std::end(names), name);
+  if (found == std::end(names)) throw std::invalid_argument("there is no '" + name + "'");
+  return static_cast<Value>(found - names);
+}
+
+// A schedule, as a product of two: the kind, start, end and steps of each.
+using Factor = std::tuple<std::string, double, double, double>;
+static void set_schedule(ScheduleFactor (&schedule)[2], const std::array<Factor, 2>& factors) {
+  for (size_t i = 0; i < 2; ++i) {
+    const auto& [kind, start, end, steps] = factors[i];
+    schedule[i] = {named<ScheduleFactor::Kind>(kScheduleKindNames, kind), start, end, steps};
+  }
+}
+
+// A property that Python only sets.
+template <class Class, class Setter>
+static void def_setter(Class& type, const char* name, Setter setter) {
+  type.def_property(name, py::cpp_function(), setter);
+}
 
 // Lets Python's garbage collector see what a plan refers to.
 static void collectable(PyHeapTypeObject* heap_type) {
@@ -56,102 +79,99 @@ static void collectable(PyHeapTypeObject* heap_type) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Fused optimizer steps. Use it through the optimizers of wdkernels.";
 
-  py::enum_<Decay>(m, "Decay")
-      .value("l2", Decay::l2)
-      .value("unmixed", Decay::unmixed)
-      .value("decoupled", Decay::decoupled)
-      .value("projection", Decay::projection);
+  py::class_<GroupOptions> options(m, "GroupOptions");
+  options.def(py::init())
+      .def_readwrite("swd", &GroupOptions::swd)
+      .def_readwrite("cautious", &GroupOptions::cautious)
+      .def_readwrite("maximize", &GroupOptions::maximize)
+      .def_readwrite("lr", &GroupOptions::lr)
+      .def_readwrite("lr_max", &GroupOptions::lr_max)
+      .def_readwrite("beta1", &GroupOptions::beta1)
+      .def_readwrite("beta2", &GroupOptions::beta2)
+      .def_readwrite("eps", &GroupOptions::eps)
+      .def_readwrite("weight_decay", &GroupOptions::weight_decay)
+      .def_readwrite("seed", &GroupOptions::seed)
+      .def_readwrite("ema_decay", &GroupOptions::ema_decay)
+      .def_readwrite("counted_on_device", &GroupOptions::counted_on_device);
+  def_setter(options, "decay", [](GroupOptions& o, const std::string& name) {
+    o.decay = named<Decay>(kDecayNames, name);
+  });
+  def_setter(options, "decay_scale", [](GroupOptions& o, const std::string& name) {
+    o.decay_scale = named<DecayScale>(kDecayScaleNames, name);
+  });
+  def_setter(options, "decay_schedule", [](GroupOptions& o, const std::array<Factor, 2>& factors) {
+    set_schedule(o.decay_schedule, factors);
+  });
+  def_setter(options, "ema_schedule", [](GroupOptions& o, const std::array<Factor, 2>& factors) {
+    set_schedule(o.ema_schedule, factors);
+  });
+  def_setter(options, "device_lr",
+             [](GroupOptions& o, const py::object& x) { o.device_lr = number(x); });
+  def_setter(options, "device_weight_decay",
+             [](GroupOptions& o, const py::object& x) { o.device_weight_decay = number(x); });
 
-  py::enum_<DecayScale>(m, "DecayScale")
-      .value("lr", DecayScale::lr)
-      .value("relative_lr", DecayScale::relative_lr)
-      .value("corrected", DecayScale::corrected);
+  py::class_<Request> request(m, "Request");
+  request.def(py::init())
+      .def_readwrite("max_grad_norm", &Request::max_grad_norm)
+      .def_readwrite("skip_nonfinite", &Request::skip_nonfinite);
+  def_setter(request, "grad_scale",
+             [](Request& r, const py::object& x) { r.grad_scale = number(x); });
+  def_setter(request, "found_inf",
+             [](Request& r, const py::object& x) { r.found_inf = number(x); });
+  def_setter(request, "grad_norm",
+             [](Request& r, const py::object& x) { r.grad_norm = numbers<double>(x); });
+  def_setter(request, "skipped",
+             [](Request& r, const py::object& x) { r.skipped = numbers<int64_t>(x); });
+  def_setter(request, "telemetry",
+             [](Request& r, const py::object& x) { r.telemetry = numbers<double>(x); });
 
-  py::enum_<Schedule::Kind>(m, "ScheduleKind")
-      .value("constant", Schedule::Kind::constant)
-      .value("window", Schedule::Kind::window)
-      .value("linear", Schedule::Kind::linear)
-      .value("cosine", Schedule::Kind::cosine);
+  py::class_<Gathered>(m, "Gathered")
+      .def("__len__", &Gathered::size)
+      .def_property_readonly("irregular", &Gathered::irregular)
+      .def("set_gradient", &Gathered::set_gradient, py::arg("position"), py::arg("gradient"));
 
-  py::class_<Schedule>(m, "Schedule")
-      .def(py::init<Schedule::Kind, double, double, double>(), py::kw_only(), py::arg("kind"),
-           py::arg("start"), py::arg("end"), py::arg("steps"));
-
-  py::enum_<Rounding>(m, "Rounding")
-      .value("nearest", Rounding::nearest)
-      .value("stochastic", Rounding::stochastic)
-      .value("kahan", Rounding::kahan);
-
-  py::class_<Hyper>(m, "Hyper")
-      .def(py::init([](Decay decay, bool stable, bool anchored, bool amsgrad, bool cautious,
-                       bool maximize, double lr, double lr_max, double beta1, double beta2,
-                       double eps, double weight_decay, DecayScale decay_scale,
-                       const Schedules& schedule, Rounding rounding, bool master, uint32_t seed,
-                       bool averaged, double ema_decay, const Schedules& ema_schedule, bool counted,
-                       const py::object& live_lr, const py::object& live_weight_decay) {
-             Hyper h;
-             h.is = {decay, anchored, amsgrad, cautious};
-             h.stable = stable;
-             h.maximize = maximize;
-             h.lr = lr;
-             h.lr_max = lr_max;
-             h.beta1 = beta1;
-             h.beta2 = beta2;
-             h.eps = eps;
-             h.weight_decay = weight_decay;
-             h.decay_scale = decay_scale;
-             std::copy(schedule.begin(), schedule.end(), h.schedule);
-             h.rounding = rounding;
-             h.master = master;
-             h.seed = seed;
-             h.averaged = averaged;
-             h.ema_decay = ema_decay;
-             std::copy(ema_schedule.begin(), ema_schedule.end(), h.ema_schedule);
-             h.counted = counted;
-             h.live_lr = number(live_lr);
-             h.live_weight_decay = number(live_weight_decay);
-             return h;
-           }),
-           py::kw_only(), py::arg("decay"), py::arg("stable"), py::arg("anchored"),
-           py::arg("amsgrad"), py::arg("cautious"), py::arg("maximize"), py::arg("lr"),
-           py::arg("lr_max"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-           py::arg("weight_decay"), py::arg("decay_scale"), py::arg("schedule"),
-           py::arg("rounding"), py::arg("master"), py::arg("seed"), py::arg("averaged"),
-           py::arg("ema_decay"), py::arg("ema_schedule"), py::arg("counted"), py::arg("live_lr"),
-           py::arg("live_weight_decay"));
-
-  py::class_<Request>(m, "Request")
-      .def(py::init([](const py::object& grad_scale, const py::object& found_inf, double max_norm,
-                       bool skip_nonfinite, const py::object& grad_norm, const py::object& skipped,
-                       const py::object& telemetry) {
-             Request r;
-             r.grad_scale = number(grad_scale);
-             r.found_inf = number(found_inf);
-             r.max_norm = max_norm;
-             r.skip_nonfinite = skip_nonfinite;
-             r.grad_norm = numbers<double>(grad_norm);
-             r.skipped = numbers<int64_t>(skipped);
-             r.telemetry = numbers<double>(telemetry);
-             return r;
-           }),
-           py::kw_only(), py::arg("grad_scale"), py::arg("found_inf"), py::arg("max_norm"),
-           py::arg("skip_nonfinite"), py::arg("grad_norm"), py::arg("skipped"),
-           py::arg("telemetry"));
-
+  using Numbers = std::tuple<int64_t, int64_t, int64_t>;
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collectable))
       .def(py::init<py::dict, py::list, int32_t, py::object>(), py::kw_only(), py::arg("state"),
            py::arg("groups"), py::arg("device"), py::arg("memory"))
-      .def("add_parameter", &Plan::add_parameter, py::kw_only(), py::arg("parameter"),
-           py::arg("weight"), py::arg("state"), py::arg("group"), py::arg("index"))
-      .def("set_hyper", &Plan::set_hyper, py::arg("group"), py::arg("hyper"))
-      .def("gather", &Plan::gather, py::arg("state"), py::arg("groups"))
-      .def("set_gradient", &Plan::set_gradient, py::arg("position"), py::arg("gradient"))
+      .def(
+          "add_parameter",
+          [](Plan& plan, py::object parameter, const py::object& weight, py::object state,
+             const py::dict& streams, const std::string& storage, int32_t group, uint32_t index,
+             int64_t total, const Numbers& numbering) {
+            const auto& [first, run, pitch] = numbering;
+            plan.add_parameter(std::move(parameter), weight, std::move(state), streams,
+                               named<Storage>(kStorageNames, storage), group, index, total,
+                               {static_cast<uint32_t>(first), run, pitch});
+          },
+          py::kw_only(), py::arg("parameter"), py::arg("weight"), py::arg("state"),
+          py::arg("streams"), py::arg("storage"), py::arg("group"), py::arg("index"),
+          py::arg("total"), py::arg("numbering"))
+      .def("set_options", &Plan::set_options, py::arg("group"), py::arg("options"))
+      .def("set_number", &Plan::set_number, py::arg("group"), py::arg("name"), py::arg("value"))
+      .def("gather", &Plan::gather, py::arg("state"), py::arg("groups"), py::keep_alive<0, 1>())
       .def(
           "step",
-          [](Plan& plan, const Request& request, uintptr_t stream, bool capturing) {
-            return plan.step(request, {reinterpret_cast<void*>(stream), capturing});
+          [](Plan& plan, Gathered& gathered, const Request& request, const py::object& sums,
+             uintptr_t stream, bool capturing) {
+            return plan.step(gathered, request, sums, {reinterpret_cast<void*>(stream), capturing});
           },
-          py::kw_only(), py::arg("request"), py::arg("stream"), py::arg("capturing"));
+          py::arg("gathered"), py::arg("request"), py::arg("sums"), py::arg("stream"),
+          py::arg("capturing"))
+      .def(
+          "begin",
+          [](Plan& plan, Gathered& gathered, const Request& request, const py::object& sums,
+             uintptr_t stream, bool capturing) {
+            return plan.begin(gathered, request, sums,
+                              {reinterpret_cast<void*>(stream), capturing});
+          },
+          py::arg("gathered"), py::arg("request"), py::arg("sums"), py::arg("stream"),
+          py::arg("capturing"))
+      .def("reduce", &Plan::reduce, py::arg("round"))
+      .def("decide", &Plan::decide, py::arg("round"))
+      .def("update", &Plan::update)
+      .def("finish", &Plan::finish)
+      .def("end", &Plan::end);
 
   m.def("instruction_sets", &instruction_sets, "What this build has and this processor runs.");
   m.def("instruction_set", &instruction_set, "The one in use.");

@@ -1,7 +1,7 @@
 // The CPU loops. They know streams, chunks and threads; the math is update.h's.
 //
 // This file is compiled once per instruction set (WDK_ISA: baseline, avx2, avx512) into a
-// namespace of that name; dispatch.cpp chooses at run time. It therefore calls nothing out of line
+// namespace of that name; instruction_set.cpp chooses at run time. It therefore calls nothing out of line
 // but the C library and OpenMP: a shared inline function could be merged across instruction sets.
 #include <sched.h>
 
@@ -42,67 +42,77 @@ void step(const Tile<T>& s, const Coefficients<T>& coefficients) {
 }
 
 template <bool anchored, class T>
-void pull(const Tile<T>& s, T shrink) {
+void pull_tile(const Tile<T>& s, T shrink) {
+  constexpr Variant is{Decay::projection, anchored};
   T* __restrict w = s.w;
   const T* __restrict a = s.a;
   const int n = s.n;
-  for (int i = 0; i < n; ++i) w[i] = project(w[i], anchored ? a[i] : T(0), shrink, anchored);
+  for (int i = 0; i < n; ++i) w[i] = project(w[i], anchored ? a[i] : T(0), shrink, is);
 }
 
 // ---- sums over elements ------------------------------------------------------------------------
 
-// N sums in `width` accumulators each; term(i, terms) gives what element i adds to the first
-// `count` of them, in T, and may write element i of its streams, which do not overlap. Runs of kRun
-// terms are added in T before they are added in double: for float that halves the cost, and a run's
-// rounding is no larger than that of its terms.
-template <class T, int N, int width = kLanes>
+// Sums of the columns [first, last) of sums.h, in `width` accumulators each; term(i, terms) gives what
+// element i adds to those before `end`, in T, and may write element i of its streams, which do not
+// overlap. Runs of kRun terms are added in T before they are added in double: for float that halves the
+// cost, and a run's rounding is no larger than that of its terms.
+template <class T, int first, int last, int width = kLanes>
 struct Sums {
-  double lanes[N][width] = {};
+  double lanes[last - first][width] = {};
 
-  template <int count = N, class Term>
+  template <int end = last, class Term>
   WDK_INLINE void add(int64_t n, const Term& term) {
     int64_t i = 0;
-    for (; i + kRun * width <= n; i += kRun * width) add_run<kRun, count>(i, term);
-    for (; i + width <= n; i += width) add_run<1, count>(i, term);
+    for (; i + kRun * width <= n; i += kRun * width) add_run<kRun, end>(i, term);
+    for (; i + width <= n; i += width) add_run<1, end>(i, term);
     for (int lane = 0; i < n; ++i, ++lane) {
-      T terms[count];
+      T terms[kSums];
       term(i, terms);
-      for (int k = 0; k < count; ++k) lanes[k][lane] += double(terms[k]);
+      for (int k = first; k < end; ++k) lanes[k - first][lane] += double(terms[k]);
     }
   }
 
-  template <int size, int count = N, class Term>
+  template <int size, int end = last, class Term>
   WDK_INLINE void add_run(int64_t begin, const Term& term) {
+    constexpr int count = end - first;
     T run[count][width] = {};
     for (int64_t i = begin; i < begin + size * width; i += width)
 #pragma GCC ivdep
       for (int lane = 0; lane < width; ++lane) {
-        T terms[count];
+        T terms[kSums];
         term(i + lane, terms);
-        for (int k = 0; k < count; ++k) run[k][lane] += terms[k];
+        for (int k = 0; k < count; ++k) run[k][lane] += terms[first + k];
       }
     for (int k = 0; k < count; ++k)
       for (int lane = 0; lane < width; ++lane) lanes[k][lane] += double(run[k][lane]);
   }
 
-  double total(int k) const {
-    double sum = 0;
-    for (int lane = 0; lane < width; ++lane) sum += lanes[k][lane];
-    return sum;
+  // Leaves the sums in a chunk's row.
+  void write(double* row) const {
+    for (int k = first; k < last; ++k) {
+      double sum = 0;
+      for (int lane = 0; lane < width; ++lane) sum += lanes[k - first][lane];
+      row[k] = sum;
+    }
   }
 };
 
-// Telemetry's six sums, and the projection's three where there is one. In half as many accumulators:
-// more would not stay in registers.
+using GradientSums = Sums<double, kGradient2, kGradient2 + 1>;
+using MaximumSums = Sums<double, kMaximum, kMaximum + 1>;
 template <class T>
-using MeasuringSums = Sums<T, 9, kLanes / 2>;
+using ProjectionSums = Sums<T, kFirstProjected, kLastProjected>;
+
+// Telemetry's six sums, and the projection's three behind them where there is one. In half as many
+// accumulators: more would not stay in registers.
+template <class T>
+using MeasuringSums = Sums<T, kFirstMeasured, kLastProjected, kLanes / 2>;
 
 // From four places at once: along one run of addresses alone, fewer reads are in flight than memory
 // can serve, which costs a third of its speed.
 template <class S>
-void add_squares(Sums<double, 1>& sums, const S* __restrict g, int64_t n) {
+void add_squares(GradientSums& sums, const S* __restrict g, int64_t n) {
   const auto term = [=](int64_t i, double* terms) {
-    terms[0] = double(widen(g[i])) * double(widen(g[i]));
+    terms[kGradient2] = double(widen(g[i])) * double(widen(g[i]));
   };
   const int64_t quarter = n / (4 * kLanes) * kLanes;
   for (int64_t i = 0; i < quarter; i += kLanes)
@@ -113,21 +123,21 @@ void add_squares(Sums<double, 1>& sums, const S* __restrict g, int64_t n) {
 
 // The maximum has no recurrence, so this phase computes it and the next one computes it again.
 template <class T>
-void add_maxima(Sums<double, 1>& sums, const Tile<T>& s, T scale, T one_minus_beta2) {
+void add_maxima(MaximumSums& sums, const Tile<T>& s, T scale, T one_minus_beta2) {
   const T* __restrict g = s.g;
   const T* __restrict v = s.v;
   const T* __restrict vmax = s.vmax;
   sums.add(s.n, [=](int64_t i, double* terms) {
-    terms[0] = maximum(vmax[i], second_moment(v[i], scale * g[i], one_minus_beta2));
+    terms[kMaximum] = maximum(vmax[i], second_moment(v[i], scale * g[i], one_minus_beta2));
   });
 }
 
 // The step, and what it adds to the projection's sums.
 template <bool anchored, bool amsgrad, class T>
-void step_and_sum(Sums<T, 3>& sums, const Tile<T>& s, const Coefficients<T>& c) {
-  constexpr Variant is{Decay::projection, anchored, amsgrad, false};
+void step_and_sum(ProjectionSums<T>& sums, const Tile<T>& s, const Coefficients<T>& c) {
+  static constexpr Variant is{Decay::projection, anchored, amsgrad, false};
   sums.add(s.n, [w = s.w, g = s.g, m = s.m, v = s.v, vmax = s.vmax, a = s.a, c](int64_t i,
-                                                                                T* terms) {
+                                                                                T(&terms)[kSums]) {
     Element<T> x{w[i], g[i], m[i], v[i], amsgrad ? vmax[i] : T(0), anchored ? a[i] : T(0), 0, 0};
     const T before = x.w;
     update(x, c, is);
@@ -135,10 +145,7 @@ void step_and_sum(Sums<T, 3>& sums, const Tile<T>& s, const Coefficients<T>& c) 
     m[i] = x.m;
     v[i] = x.v;
     if (amsgrad) vmax[i] = x.vmax;
-    const ProjectionTerms<T> p = projection_terms(before, c.scale * x.g, x.a, x.w, anchored);
-    terms[0] = p.alignment;
-    terms[1] = p.distance2;
-    terms[2] = p.growth2;
+    projection_terms(terms, before, c.scale * x.g, x.a, x.w, is);
   });
 }
 
@@ -148,8 +155,8 @@ template <Decay decay, bool amsgrad, bool cautious, class T>
 void step_and_measure(MeasuringSums<T>& sums, const Tile<T>& s, const Coefficients<T>& c) {
   static constexpr Variant is{decay, true, amsgrad, cautious};
   constexpr bool projected = decay == Decay::projection;
-  const auto term = [w = s.w, g = s.g, m = s.m, v = s.v, vmax = s.vmax, a = s.a, c](int64_t i,
-                                                                                    T* terms) {
+  const auto term = [w = s.w, g = s.g, m = s.m, v = s.v, vmax = s.vmax, a = s.a, c](
+                        int64_t i, T(&terms)[kSums]) {
     Element<T> x{w[i], g[i], m[i], v[i], amsgrad ? vmax[i] : T(0), a[i], 0, 0};
     const T before = x.w;
     update(x, c, is);
@@ -157,21 +164,10 @@ void step_and_measure(MeasuringSums<T>& sums, const Tile<T>& s, const Coefficien
     m[i] = x.m;
     v[i] = x.v;
     if (amsgrad) vmax[i] = x.vmax;
-    const MeasuredTerms<T> t = measured_terms<T>(before, x, c, is);
-    terms[0] = t.weight2;
-    terms[1] = t.update2;
-    terms[2] = t.decay2;
-    terms[3] = t.distance2;
-    terms[4] = t.update_weight;
-    terms[5] = t.rate;
-    if (projected) {
-      const ProjectionTerms<T> p = projection_terms(before, c.scale * x.g, x.a, x.w, true);
-      terms[6] = p.alignment;
-      terms[7] = p.distance2;
-      terms[8] = p.growth2;
-    }
+    measured_terms(terms, before, x, c, is);
+    if (projected) projection_terms(terms, before, c.scale * x.g, x.a, x.w, is);
   };
-  sums.template add<projected ? 9 : 6>(s.n, term);
+  sums.template add<projected ? kLastProjected : kLastMeasured>(s.n, term);
 }
 
 // ---- one chunk ---------------------------------------------------------------------------------
@@ -179,29 +175,29 @@ void step_and_measure(MeasuringSums<T>& sums, const Tile<T>& s, const Coefficien
 void square_chunk(const CpuWork& work, int64_t index) {
   const Chunk& chunk = work.chunks[index];
   const Tensor& tensor = work.tensors[chunk.tensor];
-  Sums<double, 1> sums;
+  GradientSums sums;
   with_storage(tensor.weight_type, [&](auto type) {
     add_squares(sums, at<decltype(type)>(tensor.g, chunk.begin), chunk.size);
   });
-  work.sums[index] = sums.total(0);
+  sums.write(work.chunk_sums[index]);
 }
 
 void maximize_chunk(const CpuWork& work, int64_t index) {
   const Chunk& chunk = work.chunks[index];
   const Tensor& tensor = work.tensors[chunk.tensor];
   const Row& row = work.rows[tensor.row];
-  if (!row.hyper.is.amsgrad) return;
+  if (!tensor.vmax) return;
   with_type(tensor.type(), [&](auto zero) {
     using T = decltype(zero);
-    const Coefficients<T> c = rounded<T>(joined(row.hyper, row.numbers, *work.whole));
-    Sums<double, 1> sums;
+    const Coefficients<T> c = rounded<T>(joined(row.options, row.numbers, *work.decision));
+    MaximumSums sums;
     Tile<T> tile(tensor, row);
     for_each_tile(tile, chunk, kTile, [&] {
       tile.load_gradient();
       tile.load_moments();
       add_maxima(sums, tile, c.scale, c.one_minus_beta2);
     });
-    work.sums[index] = sums.total(0);
+    sums.write(work.chunk_sums[index]);
   });
 }
 
@@ -250,22 +246,22 @@ void update_chunk(const CpuWork& work, int64_t index) {
   const Chunk& chunk = work.chunks[index];
   const Tensor& tensor = work.tensors[chunk.tensor];
   const Row& row = work.rows[tensor.row];
-  const Variant is = row.hyper.is;
+  const Variant is = tensor.variant(row.options);
   const bool projected = is.decay == Decay::projection;
   with_type(tensor.type(), [&](auto zero) {
     using T = decltype(zero);
-    const Coefficients<T> c = rounded<T>(joined(row.hyper, row.numbers, *work.whole));
+    const Coefficients<T> c = rounded<T>(joined(row.options, row.numbers, *work.decision));
     Tile<T> tile(tensor, row);
     const auto for_each = [&](const auto& body) {
-      const bool whole = tensor.plain() && !tensor.ema && !work.measured;
-      for_each_tile(tile, chunk, whole ? chunk.size : kTile, [&] {
+      const bool at_once = tensor.direct() && !tensor.ema && !work.measured;
+      for_each_tile(tile, chunk, at_once ? chunk.size : kTile, [&] {
         tile.load_weight();
         tile.load_gradient();
         tile.load_moments();
         tile.load_anchor(work.measured);
-        if (!whole) tile.fetch_weights();
+        if (!at_once) tile.fetch_weights();
         body();
-        if (!whole) tile.fetch_moments();
+        if (!at_once) tile.fetch_moments();
         tile.store_weight(false);
         tile.store_moments();
         if (!projected) tile.update_average(c);  // else in the second touch
@@ -274,26 +270,24 @@ void update_chunk(const CpuWork& work, int64_t index) {
     if (work.measured) {
       MeasuringSums<T> sums;
       for_each([&] { measure_tile(sums, tile, c, is); });
-      const auto total = [&](int k) { return sums.total(k); };
-      work.measured[index] = {total(0), total(1), total(2), total(3), total(4), total(5)};
-      work.projections[index] = {total(6), total(7), total(8)};
-      square_chunk(work, index);  // the gradients are still in the cache
+      sums.write(work.chunk_sums[index]);
+      if (work.squares_left) square_chunk(work, index);  // the gradients are still in the cache
     } else if (projected) {
-      Sums<T, 3> sums;
+      ProjectionSums<T> sums;
       with(is.anchored, [&](auto anchored) {
         with(is.amsgrad, [&](auto amsgrad) {
           for_each(
               [&] { step_and_sum<decltype(anchored)::on, decltype(amsgrad)::on>(sums, tile, c); });
         });
       });
-      work.projections[index] = {sums.total(0), sums.total(1), sums.total(2)};
+      sums.write(work.chunk_sums[index]);
     } else {
       for_each([&] { step_tile(tile, c, is); });
     }
   });
 }
 
-// ---- SPD: the decision over a tensor, the second touch ------------------------------------------
+// ---- SPD's second touch ------------------------------------------------------------------------
 
 void pull_chunk(const CpuWork& work, int64_t index) {
   const Chunk& chunk = work.chunks[index];
@@ -303,14 +297,14 @@ void pull_chunk(const CpuWork& work, int64_t index) {
   if (shrink == 0 && !tensor.ema) return;
   with_type(tensor.type(), [&](auto zero) {
     using T = decltype(zero);
-    const Coefficients<T> c = rounded<T>(joined(row.hyper, row.numbers, *work.whole));
+    const Coefficients<T> c = rounded<T>(joined(row.options, row.numbers, *work.decision));
     Tile<T> tile(tensor, row);
     for_each_tile(tile, chunk, kTile, [&] {
       if (shrink != 0) {
         tile.load_weight();
         tile.load_anchor(false);
-        with(row.hyper.is.anchored,
-             [&](auto anchored) { pull<decltype(anchored)::on>(tile, T(shrink)); });
+        with(tensor.a != nullptr,
+             [&](auto anchored) { pull_tile<decltype(anchored)::on>(tile, T(shrink)); });
         tile.store_weight(true);
       }
       tile.update_average(c);
@@ -318,20 +312,15 @@ void pull_chunk(const CpuWork& work, int64_t index) {
   });
 }
 
-// SPD's decision over a tensor all of whose chunks have been updated.
-void select(const CpuWork& work, int32_t index) {
-  ProjectionSums sums{};
-  for (int32_t k = work.first_chunks[index]; k < work.first_chunks[index + 1]; ++k)
-    add(sums, work.projections[k]);
-  const double lambda = work.rows[work.tensors[index].row].numbers.coefficients.decay;
-  work.shrink[index] = lambda * projection_ratio(sums);
-}
-
+// Whoever finishes the last item of a batch decides for its tensors.
 void finish_item(const CpuWork& work, const Item& item) {
   int32_t& pending = work.pending[item.batch];
   if (__atomic_sub_fetch(&pending, 1, __ATOMIC_ACQ_REL) > 1) return;
   const Batch& batch = work.batches[item.batch];
-  for (int32_t t = batch.first_tensor; t < batch.last_tensor; ++t) select(work, t);
+  for (int32_t t = batch.first_tensor; t < batch.last_tensor; ++t) {
+    add_up(work, t, kFirstProjected, kLastProjected);
+    select(work, t);
+  }
   __atomic_store_n(&pending, 0, __ATOMIC_RELEASE);
 }
 
@@ -366,6 +355,7 @@ void update(const CpuWork& work) {
   for (int32_t i = 0; i < work.n_items; ++i) {
     const Item& item = work.items[i];
     if (item.second_touch) {
+      if (!work.pending) continue;
       wait_for_batch(work, item);
       for (int32_t k = item.first_chunk; k < item.last_chunk; ++k) pull_chunk(work, k);
     } else {
@@ -373,6 +363,13 @@ void update(const CpuWork& work) {
       if (work.pending) finish_item(work, item);
     }
   }
+}
+
+void pull(const CpuWork& work) {
+#pragma omp parallel for schedule(dynamic) if (work.parallel)
+  for (int32_t i = 0; i < work.n_items; ++i)
+    for (int32_t k = work.items[i].first_chunk; k < work.items[i].last_chunk; ++k)
+      if (!work.items[i].second_touch) pull_chunk(work, k);
 }
 
 }  // namespace wdk::WDK_ISA

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "touches.h"
+
 namespace wdk {
 
 namespace {
@@ -37,167 +39,182 @@ Chosen& chosen() {
 void use_instruction_set(const std::string& name) { chosen() = {name, cpu_loops(name)}; }
 std::string instruction_set() { return chosen().name; }
 
-void CpuStep::plan(const std::vector<Tensor>& tensors, bool projected) {
+void CpuStep::set_tensors(const std::vector<Tensor>& tensors, bool projected) {
   chunks_.clear();
   first_chunks_.clear();
   items_.clear();
   batches_.clear();
 
-  Batch batch{};            // that is being filled
-  std::vector<Item> steps;  // of that batch
-  std::vector<Item> touch;  // the second touch of the batch before it
-  int64_t batch_elements = 0, all_elements = 0, item_elements = 0;
+  int64_t all_elements = 0;
   for (const Tensor& tensor : tensors) all_elements += tensor.numel;
-  const int64_t item =
-      std::clamp(all_elements / kItems, kChunk, projected ? kLargestProjectedItem : kLargestItem);
+  const int64_t largest = projected ? kLargestProjectedItem : kLargestItem;
+  const int64_t item_size = std::clamp(all_elements / kItems, kChunk, largest);
 
-  const auto flush_touch = [&] {
-    items_.insert(items_.end(), touch.begin(), touch.end());
-    touch.clear();
-  };
+  Touches<Item> touches(items_, kBatch);
+  Batch batch{};              // that is being filled
+  int64_t item_elements = 0;  // of the item that is being filled, which belongs to this batch
   const auto close_batch = [&] {
-    flush_touch();
-    batch.n_items = static_cast<int32_t>(steps.size());
+    touches.close_batch();
     batches_.push_back(batch);
-    batch.first_tensor = batch.last_tensor;
-    // Last written, first read: of a large batch the caches hold the end.
-    touch.assign(steps.rbegin(), steps.rend());
-    for (Item& item : touch) item.second_touch = true;
-    steps.clear();
-    batch_elements = 0;
+    batch = {batch.last_tensor, batch.last_tensor, 0};
   };
   const auto add = [&](const Chunk& chunk) {
     const auto index = static_cast<int32_t>(chunks_.size());
-    if (steps.empty() || item_elements + chunk.size > item) {
-      if (batch_elements >= kBatch) flush_touch();
-      steps.push_back({index, index, static_cast<int32_t>(batches_.size()), false});
-      items_.push_back(steps.back());
+    if (batch.n_items == 0 || item_elements + chunk.size > item_size) {
+      touches.add_step({index, index, static_cast<int32_t>(batches_.size()), false}, projected);
+      ++batch.n_items;
       item_elements = 0;
     }
-    steps.back().last_chunk = items_.back().last_chunk = index + 1;
+    items_.back().last_chunk = index + 1;
     chunks_.push_back(chunk);
     item_elements += chunk.size;
-    batch_elements += chunk.size;
+    touches.add_elements(chunk.size);
   };
 
   for (const Tensor& tensor : tensors) {
-    if (projected && batch_elements > 0 && batch_elements + tensor.numel > kBatch) close_batch();
+    if (projected && touches.full(tensor.numel)) close_batch();
     first_chunks_.push_back(static_cast<int32_t>(chunks_.size()));
     for (int64_t begin = 0; begin < tensor.numel; begin += kChunk)
       add({batch.last_tensor, static_cast<int32_t>(std::min(kChunk, tensor.numel - begin)), begin});
     ++batch.last_tensor;
   }
   first_chunks_.push_back(static_cast<int32_t>(chunks_.size()));
-  if (projected) {
-    close_batch();
-    flush_touch();
-  }
+  if (projected) close_batch();
+  touches.finish();
 
   parallel_ = all_elements > kParallel;
   pending_.resize(batches_.size());
-  sums_.resize(chunks_.size());
-  squares_.resize(tensors.size());
-  projections_.resize(chunks_.size());
-  shrink_.resize(tensors.size());
+  shrink_.resize(projected ? tensors.size() : 0);
 }
 
 // ---- the step ----------------------------------------------------------------------------------
 
-CpuWork CpuStep::work_on(const std::vector<Tensor>& tensors, const std::vector<Row>& rows) {
-  for (size_t i = 0; i < batches_.size(); ++i) pending_[i] = batches_[i].n_items + 1;
-  CpuWork work{};
-  work.tensors = tensors.data();
-  work.chunks = chunks_.data();
-  work.first_chunks = first_chunks_.data();
-  work.items = items_.data();
-  work.batches = batches_.data();
-  work.pending = batches_.empty() ? nullptr : pending_.data();
-  work.rows = rows.data();
-  work.n_items = static_cast<int32_t>(items_.size());
-  work.parallel = parallel_;
-  work.sums = sums_.data();
-  work.projections = projections_.data();
-  work.shrink = shrink_.data();
-  return work;
+void CpuStep::begin(const StepInput& input) {
+  if (input.sums) chunk_sums_.resize(chunks_.size() * kSums);
+  input_.emplace(input);
+  decision_ = {};
+  work_ = {};
+  work_.tensors = input.tensors.data();
+  work_.chunks = chunks_.data();
+  work_.first_chunks = first_chunks_.data();
+  work_.items = items_.data();
+  work_.batches = batches_.data();
+  work_.rows = input.rows.data();
+  work_.decision = &decision_;
+  work_.n_items = static_cast<int32_t>(items_.size());
+  work_.parallel = parallel_;
+  work_.measured = input.request.telemetry != nullptr;
+  work_.chunk_sums = reinterpret_cast<double (*)[kSums]>(chunk_sums_.data());
+  work_.sums = input.sums;
+  work_.shrink = shrink_.data();
 }
 
-bool CpuStep::run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows,
-                  const Request& request, Stream) {
+void CpuStep::reduce(int round) {
   const pybind11::gil_scoped_release release;
-  CpuWork work = work_on(tensors, rows);
-  const Whole whole = reduce(work, rows, request);
-  if (request.grad_norm) *request.grad_norm = whole.grad_norm;
-  if (whole.skip) {
-    ++*request.skipped;
-    return false;
+  sum_gradients(round);
+}
+
+// One sum over the gradients serves the norm and SWD's V: sum(v) obeys the recurrence of v itself, so
+// that a sum over the gradient replaces one over v. The maxima of amsgrad have none and are summed as
+// they will be.
+void CpuStep::sum_gradients(int round) {
+  if (round == 0 && input_->needs_squares()) {
+    chosen().loops.square(work_);
+    add_up_all(kGradient2, kGradient2 + 1);
   }
-  work.whole = &whole;
-  if (request.telemetry) {
-    measured_.resize(chunks_.size());
-    work.measured = measured_.data();
+  if (!input_->needs_maxima() || round + 1 < rounds(*input_)) return;
+  if (round == 0) decision_ = wdk::decide(input_->request, 0);  // no norm is asked for
+  chosen().loops.maximize(work_);
+  add_up_all(kMaximum, kMaximum + 1);
+}
+
+bool CpuStep::decide(int round) {
+  const Request& request = input_->request;
+  if (round == 0) {
+    double squares = 0;
+    if (request.needs_norm())
+      for (size_t i = 0; i < input_->tensors.size(); ++i) squares += work_.sums[i][kGradient2];
+    decision_ = wdk::decide(request, squares);
+    if (request.grad_norm) *request.grad_norm = decision_.grad_norm;
+    if (decision_.skip) {
+      ++*request.skipped;
+      return false;
+    }
   }
-  chosen().loops.update(work);
-  if (request.telemetry) tell(request.telemetry, work, rows, whole);
+  if (input_->swd() && round + 1 >= rounds(*input_)) decision_.mean_v = mean_v();
   return true;
 }
 
-double CpuStep::sum_over(int32_t tensor) const {
-  double sum = 0;
-  for (int32_t k = first_chunks_[tensor]; k < first_chunks_[tensor + 1]; ++k) sum += sums_[k];
-  return sum;
-}
-
-// What has to be known before anything is written. One sum over the gradients serves the norm and
-// SWD's V: sum(v) obeys the recurrence of v itself, so that a sum over the gradient replaces one over
-// v. The maxima of amsgrad have none and are summed as they will be.
-Whole CpuStep::reduce(CpuWork work, const std::vector<Row>& rows, const Request& request) {
-  const auto n = static_cast<int32_t>(squares_.size());
-  const bool stable = !rows.empty() && rows.front().hyper.stable;
-  const auto is_amsgrad = [](const Row& row) { return row.hyper.is.amsgrad; };
-  const bool maximized = stable && std::any_of(rows.begin(), rows.end(), is_amsgrad);
-  double squares = 0;
-  if (request.needs_norm() || (stable && !std::all_of(rows.begin(), rows.end(), is_amsgrad))) {
-    chosen().loops.square(work);
-    for (int32_t i = 0; i < n; ++i) squares += squares_[i] = sum_over(i);
-  }
-  Whole whole = whole_of(request, squares);
-  if (whole.skip || !stable) return whole;
-
-  work.whole = &whole;
-  if (maximized) chosen().loops.maximize(work);
+// SWD's V, and the sums of v that are kept.
+double CpuStep::mean_v() {
   double total = 0;
   int64_t elements = 0;
-  for (int32_t i = 0; i < n; ++i) {
-    const Tensor& tensor = work.tensors[i];
-    const Row& row = rows[tensor.row];
-    double sum;
-    if (row.hyper.is.amsgrad)
-      sum = sum_over(i);
-    else
-      sum = *tensor.v_sum =
-          kept_sum(*tensor.v_sum, scaled_squares(tensor.numel, squares_[i], whole),
-                   row.numbers.coefficients.one_minus_beta2);
-    total += sum / row.numbers.bias_correction2;
-    elements += tensor.numel;
+  for (size_t i = 0; i < input_->tensors.size(); ++i) {
+    const Tensor& tensor = input_->tensors[i];
+    const StepNumbers& numbers = input_->rows[tensor.row].numbers;
+    const double* sums = work_.sums[i];
+    double sum = sums[kMaximum];
+    if (!tensor.vmax) {
+      sum = kept_sum(*tensor.v_sum, tensor.total, sums[kGradient2], decision_.scale,
+                     numbers.coefficients.one_minus_beta2);
+      *tensor.v_sum = sum;
+    }
+    total += sum / numbers.bias_correction2;
+    elements += tensor.total;
   }
-  if (elements) whole.mean_square = total / static_cast<double>(elements);
-  return whole;
+  return elements ? total / static_cast<double>(elements) : 0;
+}
+
+void CpuStep::update() {
+  const pybind11::gil_scoped_release release;
+  chosen().loops.update(work_);
+  if (work_.measured) add_up_all(kFirstMeasured, kLastMeasured);
+  if (input_->projected()) add_up_all(kFirstProjected, kLastProjected);
+}
+
+void CpuStep::finish() {
+  const pybind11::gil_scoped_release release;
+  if (input_->projected()) {
+    for (size_t i = 0; i < input_->tensors.size(); ++i) select(work_, static_cast<int32_t>(i));
+    chosen().loops.pull(work_);
+  }
+  if (work_.measured) write_telemetry();
+}
+
+// Second touches follow their steps, and the gradients' squares are taken where they are in the cache
+// if only telemetry asks for them.
+bool CpuStep::run(const StepInput& input) {
+  const pybind11::gil_scoped_release release;
+  begin(input);
+  for (size_t i = 0; i < batches_.size(); ++i) pending_[i] = batches_[i].n_items + 1;
+  if (!batches_.empty()) work_.pending = pending_.data();
+  work_.squares_left = work_.measured && !input.request.needs_norm() && !input.swd();
+
+  int round = 0;
+  do {
+    if (round < rounds(input) && !work_.squares_left) sum_gradients(round);
+    if (!decide(round)) return false;
+  } while (++round < rounds(input));
+  chosen().loops.update(work_);
+  if (work_.measured) {
+    if (work_.squares_left) add_up_all(kGradient2, kGradient2 + 1);
+    add_up_all(kFirstMeasured, kLastProjected);
+    write_telemetry();
+  }
+  return true;
+}
+
+void CpuStep::add_up_all(int first, int last) {
+  for (size_t i = 0; i < input_->tensors.size(); ++i)
+    add_up(work_, static_cast<int32_t>(i), first, last);
 }
 
 // The table of a measured step.
-void CpuStep::tell(double* table, const CpuWork& work, const std::vector<Row>& rows,
-                   const Whole& whole) const {
-  for (size_t i = 0; i < squares_.size(); ++i) {
-    MeasuredSums sums{};
-    ProjectionSums projection{};
-    for (int32_t k = first_chunks_[i]; k < first_chunks_[i + 1]; ++k) {
-      add(sums, measured_[k]);
-      add(projection, projections_[k]);
-    }
-    const Row& row = rows[work.tensors[i].row];
-    write_telemetry(table + i * kTelemetry, sums, sum_over(static_cast<int32_t>(i)),
-                    row.hyper.is.decay == Decay::projection ? &projection : nullptr, row.hyper.lr,
-                    row.hyper, row.numbers, whole);
+void CpuStep::write_telemetry() const {
+  double* row = input_->request.telemetry;
+  for (size_t i = 0; i < input_->tensors.size(); ++i, row += kColumns) {
+    const auto& [options, numbers, t, step] = input_->rows[input_->tensors[i].row];
+    wdk::write_telemetry(row, work_.sums[i], options.lr, options, numbers, decision_);
   }
 }
 

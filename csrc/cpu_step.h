@@ -1,6 +1,7 @@
 // A step on the CPU: the tables that the loops of cpu.cpp walk through, and the phases.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "cpu.h"
@@ -10,26 +11,35 @@ namespace wdk {
 
 class CpuStep : public Step {
  public:
-  void plan(const std::vector<Tensor>& tensors, bool projected) override;
-  bool run(const std::vector<Tensor>& tensors, const std::vector<Row>& rows, const Request& request,
-           Stream) override;
+  void set_tensors(const std::vector<Tensor>& tensors, bool projected) override;
+
+  void begin(const StepInput& input) override;
+  void reduce(int round) override;
+  bool decide(int round) override;
+  void update() override;
+  void finish() override;
+  bool run(const StepInput& input) override;
 
  private:
-  CpuWork work_on(const std::vector<Tensor>& tensors, const std::vector<Row>& rows);
-  Whole reduce(CpuWork work, const std::vector<Row>& rows, const Request& request);
-  double sum_over(int32_t tensor) const;
-  void tell(double* table, const CpuWork& work, const std::vector<Row>& rows,
-            const Whole& whole) const;
+  void sum_gradients(int round);
+  double mean_v();
+  void add_up_all(int first, int last);
+  void write_telemetry() const;
 
+  // Of the list of tensors.
   bool parallel_ = false;
   std::vector<Chunk> chunks_;
   std::vector<int32_t> first_chunks_;
   std::vector<Item> items_;
   std::vector<Batch> batches_;
+
+  // Of a step.
+  std::optional<StepInput> input_;
+  CpuWork work_{};
+  Decision decision_;
   std::vector<int32_t> pending_;
-  std::vector<double> sums_, squares_, shrink_;  // squares: of each tensor
-  std::vector<ProjectionSums> projections_;
-  std::vector<MeasuredSums> measured_;
+  std::vector<double> shrink_;
+  std::vector<double> chunk_sums_;  // kSums of each chunk
 };
 
 // The instruction set of every step in this process.

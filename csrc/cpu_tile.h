@@ -190,7 +190,7 @@ class Tile {
   int n;
 
   Tile(const Tensor& tensor, const Row& row)
-      : tensor_(tensor), hyper_(row.hyper), keys_(tensor_key(row.numbers.key, tensor.index)) {}
+      : tensor_(tensor), keys_(tensor_key(row.numbers.key, tensor.index)) {}
 
   // The elements that the calls below are about: at most kTile, unless no stream needs scratch.
   void move_to(int64_t begin, int64_t size) {
@@ -199,9 +199,9 @@ class Tile {
   }
 
   void load_weight() {
-    if (tensor_.master)
-      w = at<T>(tensor_.master, begin_);
-    else if (tensor_.compensation)
+    if (tensor_.storage == Storage::master)
+      w = at<T>(tensor_.companion, begin_);
+    else if (tensor_.storage == Storage::kahan)
       load_compensated();
     else
       w = load(scratch_w_, tensor_.w, tensor_.weight_type);
@@ -214,7 +214,7 @@ class Tile {
   }
   // `always`: if there is none, zeros, with which w - a has the bits of w.
   void load_anchor(bool always) {
-    a = hyper_.is.anchored ? load(scratch_a_, tensor_.a, tensor_.anchor_type) : nullptr;
+    a = tensor_.a ? load(scratch_a_, tensor_.a, tensor_.anchor_type) : nullptr;
     if (a || !always) return;
     for (int i = 0; i < n; ++i) scratch_a_[i] = 0;
     a = scratch_a_;
@@ -226,7 +226,7 @@ class Tile {
     if (is_narrow(tensor_.weight_type)) {
       fetch(tensor_.w, 2);
       fetch(tensor_.g, 2);
-      if (tensor_.compensation) fetch(tensor_.compensation, 2);
+      if (tensor_.storage == Storage::kahan) fetch(tensor_.companion, 2);
     }
     if (tensor_.ema) fetch(tensor_.ema, sizeof(T));
   }
@@ -239,26 +239,33 @@ class Tile {
   // `pulled`: once more in the same step.
   void store_weight(bool pulled) {
     if constexpr (sizeof(T) == sizeof(float))
-      if (is_narrow(tensor_.weight_type))
+      if (tensor_.storage != Storage::direct)
         with_narrow(tensor_.weight_type, [&](auto type) {
           using S = decltype(type);
           S* to = at<S>(tensor_.w, begin_);
-          if (tensor_.compensation)
-            store_both(to, at<S>(tensor_.compensation, begin_), w, n);
-          else if (tensor_.master || hyper_.rounding == Rounding::nearest)
-            store_nearest(to, w, n);
+          if (tensor_.storage == Storage::kahan)
+            store_both(to, at<S>(tensor_.companion, begin_), w, n);
+          else if (tensor_.storage == Storage::stochastic)
+            for_each_run([&](int64_t i, int size, uint32_t number) {
+              store_randomly(to + i, w + i, size, pulled ? keys_.pulled : keys_.weight, number);
+            });
           else
-            store_randomly(to, w, n, pulled ? keys_.pulled : keys_.weight, uint32_t(begin_));
+            store_nearest(to, w, n);
         });
   }
   void store_moments() {
     if constexpr (sizeof(T) == sizeof(float)) {
       if (tensor_.moment_type != DType::bfloat16) return;
+      BFloat16* const to_m = at<BFloat16>(tensor_.m, begin_);
+      BFloat16* const to_v = at<BFloat16>(tensor_.v, begin_);
       BFloat16* const to_vmax = vmax ? at<BFloat16>(tensor_.vmax, begin_) : nullptr;
-      with(vmax != nullptr, [&](auto amsgrad) {
-        store_moments_randomly<decltype(amsgrad)::on>(at<BFloat16>(tensor_.m, begin_),
-                                                      at<BFloat16>(tensor_.v, begin_), to_vmax, m,
-                                                      v, vmax, n, keys_.moments, uint32_t(begin_));
+      for_each_run([&](int64_t i, int size, uint32_t number) {
+        if (vmax)
+          store_moments_randomly<true>(to_m + i, to_v + i, to_vmax + i, m + i, v + i, vmax + i,
+                                       size, keys_.moments, number);
+        else
+          store_moments_randomly<false>(to_m + i, to_v + i, nullptr, m + i, v + i, nullptr, size,
+                                        keys_.moments, number);
       });
     }
   }
@@ -285,9 +292,23 @@ class Tile {
     if constexpr (sizeof(T) == sizeof(float))
       with_narrow(tensor_.weight_type, [&](auto type) {
         using S = decltype(type);
-        load_both(scratch_w_, at<S>(tensor_.w, begin_), at<S>(tensor_.compensation, begin_), n);
+        load_both(scratch_w_, at<S>(tensor_.w, begin_), at<S>(tensor_.companion, begin_), n);
       });
     w = scratch_w_;
+  }
+
+  // body(i, size, number) for elements i and behind that follow each other in the whole tensor, where
+  // the first of them has this number.
+  template <class Body>
+  void for_each_run(const Body& body) const {
+    const Numbering& numbering = tensor_.numbering;
+    for (int64_t i = 0; i < n;) {
+      const int64_t left = n - i;
+      const int64_t run = numbering.run ? numbering.run - (begin_ + i) % numbering.run : left;
+      const int64_t size = run < left ? run : left;
+      body(i, static_cast<int>(size), numbering(begin_ + i));
+      i += size;
+    }
   }
 
   void fetch(const void* stream, int size) const {
@@ -296,7 +317,6 @@ class Tile {
   }
 
   const Tensor& tensor_;
-  const Hyper& hyper_;
   const Noise keys_;
   int64_t begin_ = 0;
   alignas(64) T scratch_w_[kTile], scratch_g_[kTile], scratch_m_[kTile], scratch_v_[kTile],

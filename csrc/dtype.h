@@ -23,12 +23,17 @@ WDK_INLINE constexpr DType computed_in(DType type) {
   return type == DType::float64 ? DType::float64 : DType::float32;
 }
 
-// How a weight of 16 bits is stored.
-enum class Rounding : uint8_t {
+// How a weight is stored. All but the first are for weights of 16 bits.
+enum class Storage : uint8_t {
+  direct,      // in the type that is computed in
   nearest,     // what a step adds is lost where it is less than half of the last bit
   stochastic,  // up or down, by chance, so that nothing is lost on average
-  kahan,       // to nearest, and what was lost is kept in a second stream
+  kahan,       // to nearest; what was lost is kept in a companion stream of the same type
+  master,      // to nearest, of a companion stream in the type that is computed in
 };
+
+// Names of an enumeration's values, in their order: how Python spells them (options.h, bind.cpp).
+constexpr const char* kStorageNames[] = {"direct", "nearest", "stochastic", "kahan", "master"};
 
 // ---- random bits -------------------------------------------------------------------------------
 
@@ -47,6 +52,18 @@ WDK_INLINE uint32_t step_key(uint32_t seed, uint64_t t) { return mix(mix(seed) +
 WDK_INLINE uint32_t tensor_key(uint32_t step_key, uint32_t index) {
   return mix(step_key ^ index * 0x9e3779b9u);
 }
+
+// Where a tensor's elements stand in the whole tensor of which it may be a shard: random bits depend on
+// that, and so they are the same however it is sharded. Only the low 32 bits count.
+struct Numbering {
+  uint32_t first = 0;  // the whole's number of the shard's first element
+  int64_t run = 0;     // elements of the shard that follow each other in the whole; 0: all of them
+  int64_t pitch = 0;   // from one run's first element to the next one's, in the whole
+
+  WDK_INLINE uint32_t operator()(int64_t i) const {
+    return first + static_cast<uint32_t>(run ? i / run * pitch + i % run : i);
+  }
+};
 
 // A tensor's random bits in one step.
 struct Noise {

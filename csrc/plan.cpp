@@ -1,12 +1,13 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <tuple>
 
 #include "cpu_step.h"
 #ifdef WDK_CUDA
-#include "gpu_step.h"
+#include "torch_memory.h"
 #endif
 
 namespace wdk {
@@ -17,6 +18,8 @@ bool is_on(const DLTensor& view, DLDevice device) {
   return view.device.device_type == device.device_type &&
          (device.device_type == dl::kCPU || view.device.device_id == device.device_id);
 }
+
+constexpr DLDevice kHost{dl::kCPU, 0};
 
 // Runs a function when a scope is left, by whichever way.
 template <class Function>
@@ -36,30 +39,36 @@ Layout layout_of(const py::object& tensor, DLDevice device) {
   return Layout(view);
 }
 
+// Where the numbers are that a step reads and writes. `local` owns them if they are those of a DTensor.
+bool read_inside(PyObject* tensor, bool wraps, py::object& local, DLTensor& view) {
+  if (!wraps) return read(tensor, view);
+  local = local_of(tensor);
+  return local && read(local.ptr(), view);
+}
+
+// A step's table of sums, which torch has allocated; null for None.
+double (*table_of(const py::object& sums, size_t rows, DLDevice device)) [kSums] {
+  if (sums.is_none()) return nullptr;
+  DLTensor view;
+  if (!read(sums.ptr(), view) || !is_on(view, device) || dtype(view) != DType::float64 ||
+      numel(view) < static_cast<int64_t>(rows * kSums))
+    throw std::invalid_argument("not a table of sums for so many tensors");
+  return static_cast<double (*)[kSums]>(address(view));
+}
+
 }  // namespace
 
 // ---- building ----------------------------------------------------------------------------------
-
-int Plan::slot_of(PyObject* name) {
-  static const std::array<const char*, kSlots> names = {
-      "step",         "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor",
-      "compensation", "master",  "ema",        "exp_avg_sq_sum"};
-  int slot = 0;
-  while (slot < kSlots &&
-         !(PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, names[slot]) == 0))
-    ++slot;
-  return slot;
-}
 
 Plan::Plan(py::dict state, py::list groups, int32_t device, py::object memory)
     : device_{memory.is_none() ? dl::kCPU : dl::kCUDA, device},
       state_(std::move(state)),
       groups_(std::move(groups)),
-      hypers_(groups_.size()) {
+      options_(groups_.size()) {
   if (memory.is_none()) loops_ = std::make_unique<CpuStep>();
 #ifdef WDK_CUDA
   else
-    loops_ = std::make_unique<GpuStep>(device, std::move(memory));
+    loops_ = std::make_unique<GpuStep>(device, torch_memory(std::move(memory)));
 #endif
   if (!loops_) throw std::invalid_argument("this module was built without CUDA");
   for (py::handle group : groups_)
@@ -68,82 +77,104 @@ Plan::Plan(py::dict state, py::list groups, int32_t device, py::object memory)
     state_values_.push_back(py::reinterpret_borrow<py::object>(entry.second));
 }
 
-// Whether the loops can use a tensor of this type in this place.
-bool Plan::is_of_type(int slot, DType type, const Layout& weight) {
-  const DType computed = computed_in(weight.dtype());
-  switch (slot) {
-    case kExpAvg:
-    case kExpAvgSq:
-    case kMaxExpAvgSq:
-      return type == computed || (type == DType::bfloat16 && computed == DType::float32);
-    case kAnchor:
-      return size_of(type) <= size_of(computed);
-    case kCompensation:
-      return type == weight.dtype() && is_narrow(type);
-    case kMaster:
-      return type == computed && is_narrow(weight.dtype());
-    default:
-      return type == computed;
-  }
-}
+// The streams as Python names them (wdkernels/plan.py), and where each goes.
+struct Plan::Role {
+  const char* name;
+  bool scalar;
+  void (*set)(Parameter& p, void* data, DType type);
+};
 
-// Whether a tensor of the state is one that the loops can use. The host counts the steps, unless
-// they are counted on the device.
-bool Plan::fits(const DLTensor& view, int slot, const Layout& weight, bool counted) const {
-  if (!is_scalar(slot))
-    return dtype(view) && weight.same_elements(view) && is_of_type(slot, *dtype(view), weight);
-  if (numel(view) != 1 || !dtype(view)) return false;
-  if (slot == kExpAvgSqSum) return is_on(view, device_) && dtype(view) == DType::float64;
-  return !is_narrow(*dtype(view)) && is_on(view, counted ? device_ : DLDevice{dl::kCPU, 0});
-}
+const Plan::Role Plan::kRoles[] = {
+    {"step", true, [](Parameter& p, void* data, DType type) { p.step = {data, type}; }},
+    {"exp_avg", false,
+     [](Parameter& p, void* data, DType type) { p.tensor.m = data, p.tensor.moment_type = type; }},
+    {"exp_avg_sq", false, [](Parameter& p, void* data, DType) { p.tensor.v = data; }},
+    {"max_exp_avg_sq", false, [](Parameter& p, void* data, DType) { p.tensor.vmax = data; }},
+    {"anchor", false,
+     [](Parameter& p, void* data, DType type) { p.tensor.a = data, p.tensor.anchor_type = type; }},
+    {"companion", false, [](Parameter& p, void* data, DType) { p.tensor.companion = data; }},
+    {"ema", false, [](Parameter& p, void* data, DType) { p.tensor.ema = data; }},
+    {"exp_avg_sq_sum", true,
+     [](Parameter& p, void* data, DType) { p.tensor.v_sum = static_cast<double*>(data); }},
+};
 
-void Plan::add_parameter(py::object parameter, py::object weight, py::object state, int32_t group,
-                         uint32_t index) {
+void Plan::add_parameter(py::object parameter, const py::object& weight, py::object state,
+                         const py::dict& streams, Storage storage, int32_t group, uint32_t index,
+                         int64_t total, const Numbering& numbering) {
+  if (group < 0 || group >= static_cast<int32_t>(options_.size()))
+    throw std::invalid_argument("a parameter of no group");
   Parameter p;
-  p.index = index;
-  p.layout = layout_of(parameter, device_);
+  const py::object local = local_of(parameter.ptr());
+  p.wraps = bool(local);
+  p.layout = layout_of(local ? local : parameter, device_);
   p.weight = layout_of(weight, device_);
   p.object = std::move(parameter);
-  p.weight_object = std::move(weight);
+  p.weight_object = weight;
   p.state = std::move(state);
   p.group = group;
-  if (!p.state.is_none()) {
-    for (auto [key, value] : py::reinterpret_borrow<py::dict>(p.state)) {
-      const int slot = slot_of(key.ptr());
-      p.entries.push_back({py::reinterpret_borrow<py::object>(key),
-                           py::reinterpret_borrow<py::object>(value), slot});
-      if (slot == kSlots) continue;
-      DLTensor view;
-      if (!read(value.ptr(), view) || !fits(view, slot, p.weight, hypers_.at(group).counted))
-        throw std::invalid_argument("state tensor in another layout than its parameter");
-      p.stored[slot] = {true, address(view), *dtype(view)};
-    }
-    const Hyper& h = hypers_.at(group);
-    const bool narrow = is_narrow(p.weight.dtype());
-    const auto missing = [&](Slot slot) { return !p.stored[slot].exists; };
-    if (missing(kStep) || missing(kExpAvg) || missing(kExpAvgSq) ||
-        p.stored[kExpAvg].dtype != p.stored[kExpAvgSq].dtype ||
-        (h.is.amsgrad &&
-         (missing(kMaxExpAvgSq) || p.stored[kMaxExpAvgSq].dtype != p.stored[kExpAvg].dtype)) ||
-        (h.is.anchored && missing(kAnchor)) || (h.averaged && missing(kEma)) ||
-        (h.stable && !h.is.amsgrad && missing(kExpAvgSqSum)) ||
-        (narrow && h.master && missing(kMaster)) ||
-        (narrow && h.rounding == Rounding::kahan && missing(kCompensation)))
-      throw std::invalid_argument("incomplete state");
-  }
+  p.tensor.w = p.weight.data();
+  p.tensor.weight_type = p.weight.dtype();
+  p.tensor.numel = p.weight.elements();
+  p.tensor.total = total;
+  p.tensor.numbering = numbering;
+  p.tensor.storage = storage;
+  p.tensor.index = index;
+  if (!p.state.is_none()) add_streams(p, streams);
   parameters_.push_back(std::move(p));
 }
 
-void Plan::set_hyper(int32_t group, const Hyper& hyper) {
-  Hyper& current = hypers_.at(group);
-  const bool same_streams = hyper.is.decay == current.is.decay && hyper.stable == current.stable &&
-                            hyper.is.amsgrad == current.is.amsgrad &&
-                            hyper.is.anchored == current.is.anchored &&
-                            hyper.master == current.master && hyper.rounding == current.rounding &&
-                            hyper.averaged == current.averaged && hyper.counted == current.counted;
-  if (!same_streams && !parameters_.empty())
-    throw std::logic_error("a group that reads other streams needs a new plan");
-  current = hyper;
+// Python has checked the types. What is looked at here is what the loops could not survive.
+void Plan::add_streams(Parameter& p, const py::dict& streams) {
+  for (auto [key, value] : py::reinterpret_borrow<py::dict>(p.state)) {
+    Entry entry;
+    entry.key = py::reinterpret_borrow<py::object>(key);
+    entry.value = py::reinterpret_borrow<py::object>(value);
+    p.entries.push_back(std::move(entry));
+  }
+  for (auto [key, value] : streams) {
+    const auto is_named = [name = key.ptr()](const Role& role) {
+      return PyUnicode_CompareWithASCIIString(name, role.name) == 0;
+    };
+    const Role* role = std::find_if(std::begin(kRoles), std::end(kRoles), is_named);
+    if (role == std::end(kRoles)) throw std::invalid_argument("a stream that no step knows");
+    const auto holds = [&, stream = value](const Entry& entry) {
+      return entry.value.is(stream) || (p.wraps && local_of(entry.value.ptr()).is(stream));
+    };
+    const auto entry = std::find_if(p.entries.begin(), p.entries.end(), holds);
+    if (entry == p.entries.end()) throw std::invalid_argument("a stream that is not in the state");
+    DLTensor view;
+    const bool readable = read(value.ptr(), view) && dtype(view) &&
+                          (is_on(view, device_) || (role->scalar && is_on(view, kHost)));
+    if (!readable || !(role->scalar ? numel(view) == 1 : p.weight.same_elements(view)))
+      throw std::invalid_argument("a stream in another layout than its parameter");
+    entry->stream = true;
+    entry->scalar = role->scalar;
+    entry->wraps = !entry->value.is(value);
+    entry->data = address(view);
+    entry->dtype = *dtype(view);
+    // A stream of no elements has no address, and yet there is one.
+    static double nothing;
+    role->set(p, entry->data ? entry->data : &nothing, entry->dtype);
+  }
+}
+
+void Plan::set_options(int32_t group, const GroupOptions& options) { options_.at(group) = options; }
+
+void Plan::set_number(int32_t group, const char* name, double value) {
+  static constexpr std::pair<const char*, double GroupOptions::*> numbers[] = {
+      {"lr", &GroupOptions::lr},
+      {"weight_decay", &GroupOptions::weight_decay},
+      {"lr_max", &GroupOptions::lr_max},
+      {"beta1", &GroupOptions::beta1},
+      {"beta2", &GroupOptions::beta2},
+      {"eps", &GroupOptions::eps},
+      {"ema_decay", &GroupOptions::ema_decay}};
+  for (const auto& [known, number] : numbers)
+    if (std::strcmp(known, name) == 0) {
+      options_.at(group).*number = value;
+      return;
+    }
+  throw std::invalid_argument("not a number of a group's options");
 }
 
 int Plan::traverse(visitproc visit, void* arg) const {
@@ -156,9 +187,9 @@ int Plan::traverse(visitproc visit, void* arg) const {
     Py_VISIT(p.object.ptr());
     Py_VISIT(p.weight_object.ptr());
     Py_VISIT(p.state.ptr());
-    Py_VISIT(p.gradient.ptr());
     for (const Entry& entry : p.entries) Py_VISIT(entry.value.ptr());
   }
+  for (const Gradient& gradient : gradients_) Py_VISIT(gradient.tensor.ptr());
   return 0;
 }
 
@@ -166,32 +197,29 @@ void Plan::clear() {
   const auto dropped =
       std::make_tuple(std::move(parameters_), std::move(state_values_), std::move(parameter_lists_),
                       std::move(updated_), std::move(state_), std::move(groups_));
-  active_.clear();
-}
-
-void Plan::refuse_while_running() const {
-  if (running_) throw std::runtime_error("this optimizer is at work on a step in another thread");
 }
 
 // ---- looking at every tensor -------------------------------------------------------------------
 
+// Nothing that a step relies on has changed: the parameter's memory; the objects of its state and,
+// where a step reads or writes them, their memory. An object may be given other memory, and memory that
+// was given back is handed out again, so both are looked at.
 bool Plan::unchanged(const Parameter& p) const {
-  const bool counted = hypers_[p.group].counted;
+  py::object local;
   DLTensor view;
-  if (!read(p.object.ptr(), view) || !(p.layout == view)) return false;
+  if (!read_inside(p.object.ptr(), p.wraps, local, view) || !(p.layout == view)) return false;
   Py_ssize_t position = 0;
   PyObject *key, *value;
   for (const Entry& entry : p.entries) {
     if (!PyDict_Next(p.state.ptr(), &position, &key, &value) || key != entry.key.ptr())
       return false;
-    if (entry.slot == kSlots) continue;
-    const Stored& known = p.stored[entry.slot];
-    if (value != entry.value.ptr() || !read(value, view) || address(view) != known.data ||
-        !fits(view, entry.slot, p.weight, counted) || *dtype(view) != known.dtype)
+    if (!entry.stream) continue;
+    if (value != entry.value.ptr() || !read_inside(value, entry.wraps, local, view) ||
+        address(view) != entry.data || dtype(view) != entry.dtype ||
+        !(entry.scalar ? numel(view) == 1 : p.weight.same_elements(view)))
       return false;
   }
-  if (PyDict_Size(p.state.ptr()) != static_cast<Py_ssize_t>(p.entries.size())) return false;
-  return true;
+  return PyDict_Size(p.state.ptr()) == static_cast<Py_ssize_t>(p.entries.size());
 }
 
 bool Plan::same_objects(const py::dict& state, const py::list& groups) const {
@@ -216,73 +244,83 @@ bool Plan::same_objects(const py::dict& state, const py::list& groups) const {
   return true;
 }
 
-py::object Plan::gather(const py::dict& state, const py::list& groups) {
-  static PyObject* grad = PyUnicode_InternFromString("grad");
-  refuse_while_running();
-  if (!same_objects(state, groups)) return py::none();
-
-  active_.clear();
-  py::list irregular;
-  for (size_t i = 0; i < parameters_.size(); ++i) {
-    Parameter& p = parameters_[i];
-    p.gradient = py::reinterpret_steal<py::object>(PyObject_GetAttr(p.object.ptr(), grad));
-    if (!p.gradient) throw py::error_already_set();
-    if (p.gradient.is_none()) continue;
-
-    if (p.state.is_none() || !unchanged(p)) return py::none();
-
-    active_.push_back(static_cast<int32_t>(i));
-    DLTensor view;
-    if (read(p.gradient.ptr(), view) && p.weight.same_order(view) && address(view) &&
-        address(view) != p.weight.data() && !is_lazy(p.gradient.ptr(), view))
-      p.gradient_data = address(view);
-    else
-      irregular.append(i);
+// Where a parameter's gradient can be read as it is. False where it lies in another order than the
+// weight, is no plain tensor, or is sharded otherwise than a DTensor.
+bool Plan::read_gradient(Parameter& p, Gradient& gradient) {
+  if (p.wraps) {
+    py::object spec = spec_of(gradient.tensor.ptr());
+    if (!spec) return false;
+    if (const py::object own = spec_of(p.object.ptr()); !spec.is(own) && !spec.is(p.known_spec)) {
+      if (!own || !own.equal(spec)) return false;
+      p.known_spec = std::move(spec);  // comparing specs takes microseconds
+    }
+    gradient.tensor = local_of(gradient.tensor.ptr());
+    if (!gradient.tensor) return false;
   }
-  return irregular;
+  DLTensor view;
+  if (!read(gradient.tensor.ptr(), view) || !p.weight.same_order(view) || !address(view) ||
+      address(view) == p.weight.data() || is_lazy(gradient.tensor.ptr(), view))
+    return false;
+  gradient.data = address(view);
+  return true;
 }
 
-void Plan::set_gradient(int32_t position, py::object gradient) {
-  Parameter& p = parameters_.at(position);
+std::optional<Gathered> Plan::gather(const py::dict& state, const py::list& groups) {
+  static PyObject* grad = PyUnicode_InternFromString("grad");
+  refuse_while_running();
+  if (!same_objects(state, groups)) return std::nullopt;
+
+  Gathered gathered(*this);
+  gathered.gradients_.reserve(parameters_.size());
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    Parameter& p = parameters_[i];
+    Gradient gradient{static_cast<int32_t>(i), {}, nullptr};
+    gradient.tensor = py::reinterpret_steal<py::object>(PyObject_GetAttr(p.object.ptr(), grad));
+    if (!gradient.tensor) throw py::error_already_set();
+    if (gradient.tensor.is_none()) continue;
+
+    if (p.state.is_none() || !unchanged(p)) return std::nullopt;
+
+    if (!read_gradient(p, gradient)) {
+      gradient.tensor = {};
+      gathered.irregular_.push_back(gradient.position);
+    }
+    gathered.gradients_.push_back(std::move(gradient));
+  }
+  return gathered;
+}
+
+void Gathered::set_gradient(int32_t position, py::object tensor) {
+  const auto gradient =
+      std::find_if(gradients_.begin(), gradients_.end(),
+                   [&](const Gradient& each) { return each.position == position; });
   DLTensor view;
-  if (!read(gradient.ptr(), view) || !p.weight.same_order(view))
+  if (gradient == gradients_.end() || !read(tensor.ptr(), view) ||
+      !plan_->parameters_[position].weight.same_order(view))
     throw std::invalid_argument("gradient in another layout than its parameter");
-  p.gradient_data = address(view);
-  p.gradient = std::move(gradient);
+  gradient->data = address(view);
+  gradient->tensor = std::move(tensor);
 }
 
 // ---- the step ----------------------------------------------------------------------------------
 
+void Plan::refuse_while_running() const {
+  if (running_) throw std::runtime_error("this optimizer is at work on a step in another thread");
+}
+
 void Plan::list_tensors() {
   tensors_.clear();
+  listed_.clear();
   updated_ = py::list();
   bool projected = false;
-  for (int32_t position : active_) {
-    const Parameter& p = parameters_[position];
-    const Hyper& hyper = hypers_[p.group];
-    projected = hyper.is.decay == Decay::projection;
-    Tensor t{};
-    const bool narrow = is_narrow(p.weight.dtype());
-    t.w = p.weight.data();
-    t.m = p.stored[kExpAvg].data;
-    t.v = p.stored[kExpAvgSq].data;
-    if (hyper.is.amsgrad) t.vmax = p.stored[kMaxExpAvgSq].data;
-    if (hyper.is.anchored) t.a = p.stored[kAnchor].data;
-    if (narrow && hyper.rounding == Rounding::kahan) t.compensation = p.stored[kCompensation].data;
-    if (narrow && hyper.master) t.master = p.stored[kMaster].data;
-    if (hyper.averaged) t.ema = p.stored[kEma].data;
-    if (hyper.stable && !hyper.is.amsgrad)
-      t.v_sum = static_cast<double*>(p.stored[kExpAvgSqSum].data);
-    t.numel = p.weight.elements();
-    t.weight_type = p.weight.dtype();
-    t.moment_type = p.stored[kExpAvg].dtype;
-    t.anchor_type = p.stored[kAnchor].dtype;
-    t.index = p.index;
-    tensors_.push_back(t);
+  for (const Gradient& gradient : gradients_) {
+    const Parameter& p = parameters_[gradient.position];
+    projected = options_[p.group].decay == Decay::projection;
+    tensors_.push_back(p.tensor);
     updated_.append(p.object);
   }
-  loops_->plan(tensors_, projected);
-  listed_ = active_;
+  loops_->set_tensors(tensors_, projected);
+  for (const Gradient& gradient : gradients_) listed_.push_back(gradient.position);
 }
 
 void Plan::number_tensors() {
@@ -290,39 +328,97 @@ void Plan::number_tensors() {
   int32_t group = -1;
   double previous = -1;
   for (size_t i = 0; i < tensors_.size(); ++i) {
-    const Parameter& p = parameters_[active_[i]];
-    const Number step{p.stored[kStep].data, p.stored[kStep].dtype};
-    const Hyper& hyper = hypers_[p.group];
-    if (hyper.counted) {
+    const Parameter& p = parameters_[listed_[i]];
+    const GroupOptions& options = options_[p.group];
+    if (options.counted_on_device) {
       Row& row = rows_.emplace_back();  // padding cleared: a GPU's are compared byte by byte
-      row.hyper = hyper;
-      row.step.data = step.data;
-      row.step.type = step.type;
-    } else if (const double t = step.get() + 1; p.group != group || t != previous) {
-      rows_.push_back({hyper, numbers_of(hyper, t), t, {}});
+      row.options = options;
+      row.step.data = p.step.data;
+      row.step.type = p.step.type;
+    } else if (const double t = p.step.get() + 1; p.group != group || t != previous) {
+      rows_.push_back({options, numbers_of(options, t), t, {}});
       group = p.group;
       previous = t;
     }
     tensors_[i].row = static_cast<int32_t>(rows_.size()) - 1;
-    tensors_[i].g = p.gradient_data;
+    tensors_[i].g = gradients_[i].data;
   }
 }
 
-py::list Plan::step(const Request& request, Stream stream) {
+// From here to `end` the gradients are the plan's.
+StepInput Plan::start(Gathered& gathered, const Request& request, const py::object& sums,
+                      Stream stream) {
+  if (gathered.plan_ != this) throw std::logic_error("a step needs gradients of its own");
+  for (const Gradient& gradient : gathered.gradients_)
+    if (!gradient.tensor)
+      throw std::logic_error("a gradient in another order has not been replaced");
+  gathered.plan_ = nullptr;
+  gradients_ = std::move(gathered.gradients_);
+
+  const auto is_listed = [](const Gradient& gradient, int32_t position) {
+    return gradient.position == position;
+  };
+  if (!std::equal(gradients_.begin(), gradients_.end(), listed_.begin(), listed_.end(), is_listed))
+    list_tensors();
+  number_tensors();
+  StepInput input{tensors_, rows_, request, stream, table_of(sums, tensors_.size(), device_)};
+  if (!input.sums && input.needs_sums())
+    throw std::invalid_argument("this step needs a table of sums");
+  return input;
+}
+
+// The host's; on a GPU kernels may count.
+void Plan::count_steps() {
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const Row& row = rows_[tensors_[i].row];
+    if (!row.options.counted_on_device) parameters_[listed_[i]].step.set(row.t);
+  }
+}
+
+py::list Plan::step(Gathered& gathered, const Request& request, const py::object& sums,
+                    Stream stream) {
   refuse_while_running();
   running_ = true;
-  const Finally finally([this] {
-    running_ = false;
-    for (int32_t position : active_) parameters_[position].gradient = py::none();
-  });
-  if (active_ != listed_) list_tensors();
-  number_tensors();
-  if (!loops_->run(tensors_, rows_, request, stream)) return py::list();
-  for (size_t i = 0; i < tensors_.size(); ++i) {
-    const Stored& step = parameters_[active_[i]].stored[kStep];
-    const Row& row = rows_[tensors_[i].row];
-    if (!row.hyper.counted) Number{step.data, step.dtype}.set(row.t);
-  }
+  const Finally finally([this] { end(); });
+  if (!loops_->run(start(gathered, request, sums, stream))) return py::list();
+  count_steps();
   return updated_;
 }
+
+int Plan::begin(Gathered& gathered, const Request& request, const py::object& sums, Stream stream) {
+  refuse_while_running();
+  running_ = true;
+  try {
+    const StepInput input = start(gathered, request, sums, stream);
+    loops_->begin(input);
+    phased_ = true;
+    return Step::rounds(input);
+  } catch (...) {
+    end();
+    throw;
+  }
+}
+
+Step& Plan::phases() const {
+  if (!phased_) throw std::logic_error("no step has begun");
+  return *loops_;
+}
+
+void Plan::reduce(int round) { phases().reduce(round); }
+bool Plan::decide(int round) { return phases().decide(round); }
+
+py::list Plan::update() {
+  phases().update();
+  count_steps();
+  return updated_;
+}
+
+void Plan::finish() { phases().finish(); }
+
+void Plan::end() {
+  const auto dropped = std::move(gradients_);
+  gradients_.clear();
+  running_ = phased_ = false;
+}
+
 }  // namespace wdk

@@ -67,6 +67,13 @@ bool calls_true(PyObject* tensor, PyObject* method) {
   return result.ptr() == Py_True;
 }
 
+// Null where there is none.
+py::object optional_attribute(PyObject* object, PyObject* name) {
+  PyObject* found = PyObject_GetAttr(object, name);
+  if (!found) PyErr_Clear();
+  return py::reinterpret_steal<py::object>(found);
+}
+
 }  // namespace
 
 bool read(PyObject* tensor, DLTensor& out) {
@@ -85,6 +92,16 @@ bool is_lazy(PyObject* tensor, const DLTensor& view) {
   // 2: among tensors of one element alone can it be taken for a dense one.
   if (view.dtype.code == dl::kComplex) return calls_true(tensor, is_conj);
   return numel(view) == 1 && calls_true(tensor, is_neg);
+}
+
+py::object local_of(PyObject* tensor) {
+  static PyObject* name = PyUnicode_InternFromString("_local_tensor");
+  return optional_attribute(tensor, name);
+}
+
+py::object spec_of(PyObject* tensor) {
+  static PyObject* name = PyUnicode_InternFromString("_spec");
+  return optional_attribute(tensor, name);
 }
 
 int64_t numel(const DLTensor& tensor) {

@@ -24,6 +24,11 @@ bool read(PyObject* tensor, DLTensor& out);
 // view. Neither shows in DLPack.
 bool is_lazy(PyObject* tensor, const DLTensor& view);
 
+// A DTensor has no memory itself: its numbers are those of its local tensor, and how the whole is
+// spread over a mesh of devices stands in its spec. Null of an ordinary tensor.
+py::object local_of(PyObject* tensor);
+py::object spec_of(PyObject* tensor);
+
 int64_t numel(const DLTensor& tensor);
 
 inline void* address(const DLTensor& tensor) {

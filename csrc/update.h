@@ -9,13 +9,16 @@
 //   2  m  <- m + (1 - beta1)(g - m)
 //      v  <- v + (1 - beta2)(g^2 - v)              amsgrad: vmax <- max(vmax, v) takes v's place below
 //   3  u   = eta/(1 - beta1^t) * m / (sqrt(v)/sqrt(1 - beta2^t) + eps)
-//   4  w  <- w - (d (w - a) + u)                   decoupled: decay of the old weights
+//   4  w  <- w - (decay (w - a) + u)               decoupled: decay of the old weights
 //   5  ema <- ema + (1 - k)(w - ema)               if there is an average
+//
+// `adam` is lines 0 to 3 and yields the step u; `move` is line 4 and applies any step with a decay.
 #pragma once
 
 #include <cmath>
 
 #include "inline.h"
+#include "sums.h"
 
 namespace wdk {
 
@@ -65,43 +68,6 @@ struct Element {
   T u, denominator;  // of line 3
 };
 
-// What Selective Projection Decay sums over a tensor: an element's terms in T, the sums in double.
-template <class T>
-struct ProjectionTerms {
-  T alignment;  // g (w - a); its sum is -c
-  T distance2;  // (w~ - a)^2
-  T growth2;    // (w~ - a)^2 - (w - a)^2, as a product: subtracting two nearly equal squares would
-                // lose the digits that matter
-};
-using ProjectionSums = ProjectionTerms<double>;
-
-WDK_INLINE void add(ProjectionSums& to, const ProjectionSums& x) {
-  to.alignment += x.alignment;
-  to.distance2 += x.distance2;
-  to.growth2 += x.growth2;
-}
-
-// What telemetry sums over a tensor, beside g^2: an element's terms in S, the sums in double; w and
-// d = w - a before the step.
-template <class S>
-struct MeasuredTerms {
-  S weight2, update2;
-  S decay2;         // of what the decay adds, where it enters; SPD's is known after its sums
-  S distance2;      // d^2
-  S update_weight;  // u w
-  S rate;           // 1 / (sqrt(v) + eps)
-};
-using MeasuredSums = MeasuredTerms<double>;
-
-WDK_INLINE void add(MeasuredSums& to, const MeasuredSums& x) {
-  to.weight2 += x.weight2;
-  to.update2 += x.update2;
-  to.decay2 += x.decay2;
-  to.distance2 += x.distance2;
-  to.update_weight += x.update_weight;
-  to.rate += x.rate;
-}
-
 template <class T>
 WDK_INLINE T square_root(T x) {
   return std::sqrt(x);  // IEEE-rounded; under nvcc by its default, -prec-sqrt=true
@@ -133,10 +99,15 @@ WDK_INLINE bool opposed(T u, T d) {
   return ((u > T(0)) & (d < T(0))) | ((u < T(0)) & (d > T(0)));
 }
 
+// How far a weight is from what it decays to.
 template <class T>
-WDK_INLINE void update(Element<T>& x, const Coefficients<T>& c, Variant is) {
-  const T d = is.anchored ? x.w - x.a : x.w;
+WDK_INLINE T displacement(T w, T a, Variant is) {
+  return is.anchored ? w - a : w;
+}
 
+// Lines 0 to 3: the moments, and Adam's step u; d is the weight's displacement.
+template <class T>
+WDK_INLINE void adam(Element<T>& x, T d, const Coefficients<T>& c, Variant is) {
   T g = c.scale * x.g;                             // unscaled, clipped, ascent or descent
   if (is.decay == Decay::l2) g = g + c.decay * d;  // penalty into the gradient
 
@@ -147,14 +118,25 @@ WDK_INLINE void update(Element<T>& x, const Coefficients<T>& c, Variant is) {
   T numerator = x.m;
   if (is.decay == Decay::unmixed) numerator = numerator + c.decay * d;
   x.denominator = square_root(is.amsgrad ? x.vmax : x.v) + c.eps;
-  T u = c.step_size * numerator / x.denominator;
-  x.u = u;
+  x.u = c.step_size * numerator / x.denominator;
+}
 
+// Line 4: the weight after the step u, whoever computed it, with its decay.
+template <class T>
+WDK_INLINE T move(T w, T u, T d, const Coefficients<T>& c, Variant is) {
+  T step = u;
   if (is.decay == Decay::decoupled) {
     const T pull = c.decay * d;
-    u = is.cautious && opposed(u, d) ? u : pull + u;  // summed first: w is rounded once
+    step = is.cautious && opposed(u, d) ? u : pull + u;  // summed first: w is rounded once
   }
-  x.w = x.w - u;
+  return w - step;
+}
+
+template <class T>
+WDK_INLINE void update(Element<T>& x, const Coefficients<T>& c, Variant is) {
+  const T d = displacement(x.w, x.a, is);
+  adam(x, d, c, is);
+  x.w = move(x.w, x.u, d, c, is);
 }
 
 // The average, with the weight as it is stored.
@@ -163,32 +145,40 @@ WDK_INLINE T average(T ema, T w, const Coefficients<T>& c) {
   return lerp(ema, w, c.average);
 }
 
-// Of an element that has been updated; w is the weight before. Squares of floats may be too large or
-// too small for another float, so S is double where that costs nothing.
+// w~ - shrink (w~ - a) of a tensor that SPD selected, shrink = lambda r.
+template <class T>
+WDK_INLINE T project(T w, T a, T shrink, Variant is) {
+  return w - shrink * displacement(w, a, is);
+}
+
+// ---- what an element adds to the sums over its tensor --------------------------------------------
+
+// Telemetry's, of an element that has been updated; w is the weight before. Squares of floats may be
+// too large or too small for another float, so S is double where that costs nothing.
 template <class S, class T>
-WDK_INLINE MeasuredTerms<S> measured_terms(T w, const Element<T>& x, const Coefficients<T>& c,
-                                           Variant is) {
-  const T d = is.anchored ? w - x.a : w;
+WDK_INLINE void measured_terms(S (&terms)[kSums], T w, const Element<T>& x,
+                               const Coefficients<T>& c, Variant is) {
+  const T d = displacement(w, x.a, is);
   T decay = c.decay * d;
   if (is.decay == Decay::unmixed) decay = c.step_size * decay / x.denominator;
   if (is.decay == Decay::decoupled && is.cautious && opposed(x.u, d)) decay = T(0);
-  if (is.decay == Decay::projection) decay = T(0);
-  return {S(w) * S(w), S(x.u) * S(x.u), S(decay) * S(decay),
-          S(d) * S(d), S(x.u) * S(w),   S(T(1) / x.denominator)};
+  if (is.decay == Decay::projection) decay = T(0);  // which is known after the sums
+  terms[kWeight2] = S(w) * S(w);
+  terms[kUpdate2] = S(x.u) * S(x.u);
+  terms[kDecay2] = S(decay) * S(decay);
+  terms[kDistance2] = S(d) * S(d);
+  terms[kUpdateWeight] = S(x.u) * S(w);
+  terms[kRate] = S(T(1) / x.denominator);
 }
 
-// w before and w~ after the step; g after line 0.
+// Selective Projection Decay's; w is the weight before, g the gradient after line 0.
 template <class T>
-WDK_INLINE ProjectionTerms<T> projection_terms(T w, T g, T a, T stepped, bool anchored) {
-  const T before = anchored ? w - a : w;
-  const T after = anchored ? stepped - a : stepped;
-  return {g * before, after * after, (stepped - w) * (after + before)};
-}
-
-// w~ - shrink (w~ - a) of a tensor that SPD selected, shrink = lambda r.
-template <class T>
-WDK_INLINE T project(T w, T a, T shrink, bool anchored) {
-  return w - shrink * (anchored ? w - a : w);
+WDK_INLINE void projection_terms(T (&terms)[kSums], T w, T g, T a, T stepped, Variant is) {
+  const T before = displacement(w, a, is);
+  const T after = displacement(stepped, a, is);
+  terms[kAlignment] = g * before;
+  terms[kSteppedDistance2] = after * after;
+  terms[kGrowth2] = (stepped - w) * (after + before);
 }
 
 }  // namespace wdk

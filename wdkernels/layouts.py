@@ -36,6 +36,22 @@ def like(x: Tensor, weight: Tensor) -> Tensor:
     return torch.empty_like(weight, dtype=x.dtype).copy_(x)
 
 
+def in_order_of(p: Tensor, x: Tensor) -> Tensor:
+    """x itself, or a copy whose elements lie in the order of p, or of the dense copy of p."""
+    here, there = local(p.detach()), local(x)
+    if not (has_memory(here) and has_memory(there)):
+        return x
+    dense = here if is_dense(here) else torch.empty_like(here, device="meta")
+    if same_order(there, dense) and not there.is_conj() and there.data_ptr() != here.data_ptr():
+        return x
+    return torch.empty_like(p.detach(), dtype=x.dtype).copy_(x)
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process holds of a DTensor; any other tensor itself."""
+    return x if has_memory(x) else getattr(x, "_local_tensor", x)
+
+
 def has_memory(x: Tensor) -> bool:
     """Plain tensors have; where the numbers of one that wraps others (DTensor) are, they know."""
     return type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__

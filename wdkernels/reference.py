@@ -3,14 +3,15 @@ backend for devices that have none.
 
 Written to be read beside the papers. It shares no code with the kernels and is not tuned, but it
 runs on any device and takes any floating or complex dtype (complex as pairs of reals), any strides
-and any size. The host waits for step counts that live on an accelerator, and for the norm of the
+and any size. The host waits for step counts that are on an accelerator, and for the norm of the
 gradients and a GradScaler's numbers where they are asked for. Sums are in float64, which the device
-must have.
+must have. A step is taken in the phases of every backend (wdkernels/plan.py): `reduce` and `decide`
+look at line 0 and at SWD's V, `update` is lines 1 to 4, `finish` lines 5 and 6.
 
     w weights   g gradient   a anchor, or 0   t this parameter's own step count
     eta = lr    lambda_t = weight_decay * schedule(t)   (b1, b2) = betas
 
-    0  g  <- scale g                              see `_scale`; -scale to maximize
+    0  g  <- scale g                              see `_decide_scale`; -scale to maximize
     1  g  <- g + lambda_t (w - a)                 l2 only
     2  m  <- m + (1 - b1)(g - m)
        v  <- b2 v + (1 - b2) g^2                  amsgrad: vmax <- max(vmax, v), in v's place below
@@ -20,11 +21,11 @@ must have.
                                                   swd: d_t / sqrt(V), V the mean of v / (1 - b2^t)
                                                   cautious: d_t = 0 where u (w - a) < 0
                                                   all others: d_t = 0
-    5  w  <- w - lambda_t r (w - a)               spd only, per tensor; see `_project`
+    5  w  <- w - lambda_t r (w - a)               spd only, per tensor; see `_projection`
     6  ema <- ema + (1 - k_t)(w - ema)            w as it was stored
 
 All of it is computed in float32, or in float64 for weights as wide. Weights of 16 bits are widened
-before and rounded after (`_weight`, `_store_weight`), as are moments in bfloat16 (`_store_moment`).
+before and rounded after (`_weight`, `_store_weight`), as are bfloat16's moments (`_store_moments`).
 
 Sources: l2 Kingma & Ba 2014; unmixed the ablation of arXiv 2012.13841; decoupled arXiv 1711.05101;
 swd arXiv 2011.11152; spd arXiv 2411.01713; anchor arXiv 1802.01483; cautious arXiv 2510.12402;
@@ -36,15 +37,19 @@ arXiv 1710.03740; averaged weights Polyak & Juditsky 1992, as an exponential ave
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from wdkernels import rounding, schedules, storage
-from wdkernels.coefficients import Hyper, ema_decay, mix, random_key
-from wdkernels.plan import Request
+from wdkernels import layouts, rounding, schedules
+from wdkernels.coefficients import decay_scale, ema_decay, mix, random_key
+from wdkernels.options import GroupOptions
+from wdkernels.plan import Numbering, Parameter, Request
+from wdkernels.state import storage_of
+from wdkernels.sums import SUMS
+from wdkernels.telemetry import COLUMNS
 
 State = dict[str, Any]
 
@@ -52,31 +57,46 @@ State = dict[str, Any]
 class Group(NamedTuple):
     """A param group: those of its parameters that have a gradient, and their states, in order."""
 
-    hyper: Hyper
+    options: GroupOptions
     params: list[Tensor]
     grads: list[Tensor]
     states: list[State]
     indices: list[int]  # positions over all groups
+    totals: list[int]  # elements of the whole tensors, of which these may be shards
+    numberings: list[Numbering]  # which of them these are
+
+
+def grouped(parameters: Sequence[Parameter], options: Sequence[GroupOptions]) -> list[Group]:
+    """The parameters that have a gradient and a state, by group."""
+    groups = [Group(each.read(), [], [], [], [], [], []) for each in options]
+    for p in parameters:
+        if p.tensor.grad is None or p.state is None:
+            continue
+        group = groups[p.group]
+        group.params.append(layouts.local(p.tensor))
+        group.grads.append(layouts.local(p.tensor.grad))
+        group.states.append({name: layouts.local(x) for name, x in p.state.items()})
+        group.indices.append(p.position)
+        group.totals.append(p.total)
+        group.numberings.append(p.numbering)
+    return groups
 
 
 def step(groups: Sequence[Group], request: Request) -> None:
     """One optimizer step, in place on parameters and states (each state's "step" included).
 
-    To be called under ``torch.no_grad()``, with initialised states. Either every group uses "swd"
-    or none does, for its V is one number for all of them. A step that is to be skipped writes
-    nothing but what the request wants to know.
+    To be called under ``torch.no_grad()``, with complete states. Either every group uses "swd" or
+    none does, for its V is one number for all of them. A step that is to be skipped writes nothing
+    but what the request wants to know.
     """
-    scale = _scale(groups, request)
-    if scale is None:
-        if request.skipped is not None:
-            request.skipped.add_(1)
-        return
-    parameters = list(_parameters(groups, scale))
-    scheduled = any(p.h.method == "swd" for p in parameters)
-    mean_v = _mean_v(parameters) if scheduled else None
-    for row, p in enumerate(parameters):
-        told = None if request.telemetry is None else request.telemetry[row]
-        _update(p, mean_v, told)
+    phases = Step(groups, request)
+    for each in range(max(1, phases.reductions)):
+        if each < phases.reductions:
+            phases.reduce(each)
+        if not phases.decide(each):
+            return
+    phases.update()
+    phases.finish()
 
 
 class _Scale(NamedTuple):
@@ -86,167 +106,258 @@ class _Scale(NamedTuple):
     clip: float
 
 
-def _scale(groups: Sequence[Group], request: Request) -> _Scale | None:
-    """The gradients' factors; None if this step is to be skipped.
+class _Parameter:
+    """A parameter with its options, gradient and state, at its own step t."""
 
-        norm = unscale |g|, over all gradients;  clip = min(1, max_grad_norm / (norm + 1e-6))
+    def __init__(
+        self,
+        options: GroupOptions,
+        w: Tensor,
+        g: Tensor,
+        state: State,
+        index: int,
+        total: int,
+        numbering: Numbering,
+        scale: _Scale,
+    ) -> None:
+        self.options, self.w, self.g, self.state = options, w, g, state
+        self.total, self.numbering, self.scale = total, numbering, scale
+        self.storage = storage_of(w, options)
+        self.t = int(state["step"].item()) + 1
+        self.lambda_t = options.weight_decay * schedules.factor(options.decay_schedule, self.t)
+        self.key = rounding.key(random_key(options, self.t), index)
 
-    as in torch.nn.utils.clip_grad_norm_: an infinite norm makes all finite gradients 0, and one
-    that is NaN makes all of them NaN.
-    """
-    unscale = 1.0
-    if request.grad_scale is not None:
-        unscale = request.grad_scale.double().reciprocal().item()
-    clip = 1.0
-    skip = request.found_inf is not None and request.found_inf.item() != 0
-    clips = request.max_grad_norm < math.inf
-    if clips or request.skip_nonfinite or request.grad_norm is not None:
-        squares = [_dot(g, g) for group in groups for g in map(_load, group.grads)]
-        norm = unscale * _sum(squares).sqrt().item() if squares else 0.0
+
+class Step:
+    """One step in phases, to be called in this order; `sums` is what they hand on (plan.Phases)."""
+
+    def __init__(self, groups: Sequence[Group], request: Request) -> None:
+        self._request = request
+        unscale = 1.0
+        if request.grad_scale is not None:
+            unscale = request.grad_scale.double().reciprocal().item()
+        self._parameters = [
+            _Parameter(group.options, *tensors, _Scale(unscale, 1.0))
+            for group in groups
+            for tensors in zip(
+                *(group.params, group.grads, group.states, group.indices),
+                *(group.totals, group.numberings),
+                strict=True,
+            )
+        ]
+        self._normed = request.needs_norm
+        self._swd = any(p.options.method == "swd" for p in self._parameters)
+        self.reductions = self._normed + self._swd  # v is that of the scaled gradients
+        self._mean_v: Tensor | None = None
+        device = self._parameters[0].w.device if self._parameters else None
+        self.sums = torch.zeros(
+            len(self._parameters), len(SUMS), dtype=torch.float64, device=device
+        )
+        self._columns = dict(zip(SUMS, self.sums.unbind(1), strict=True))
+
+    def reduce(self, round: int) -> None:
+        """The sums over the gradients: of their squares for the norm, then of SWD's v."""
+        if self._normed and round == 0:
+            for i, p in enumerate(self._parameters):
+                self._columns["gradient2"][i] = _dot(_load(p.g), _load(p.g))
+        else:
+            for i, p in enumerate(self._parameters):
+                g = _gradient(p)
+                _, _, v_top = _moments(p, g)
+                kept = _is_kept(p)
+                self._columns["maximum"][i] = _dot(g, g) if kept else v_top.double().sum()
+
+    def decide(self, round: int) -> bool:
+        """False if the step is to be skipped, which is counted."""
+        if round == 0 and not self._decide_scale():
+            if self._request.skipped is not None:
+                self._request.skipped.add_(1)
+            return False
+        if self._swd and round == self.reductions - 1:
+            self._decide_mean_v()
+        return True
+
+    def _decide_scale(self) -> bool:
+        """The gradients' factors.
+
+            norm = unscale |g|, over all gradients;  clip = min(1, max_grad_norm / (norm + 1e-6))
+
+        as in torch.nn.utils.clip_grad_norm_: an infinite norm makes all finite gradients 0, and one
+        that is NaN makes all of them NaN.
+        """
+        request = self._request
+        proceed = request.found_inf is None or request.found_inf.item() == 0
+        if not self._normed:
+            return proceed
+        unscale = self._parameters[0].scale.unscale if self._parameters else 1.0
+        norm = unscale * self._columns["gradient2"].sum().sqrt().item()
         if request.grad_norm is not None:
             request.grad_norm.fill_(norm)
-        if clips:
+        clip = 1.0
+        if request.max_grad_norm < math.inf:
             clip = request.max_grad_norm / (norm + 1e-6)
             clip = 1.0 if clip > 1 else clip
-        skip = skip or (request.skip_nonfinite and not math.isfinite(norm))
-    return None if skip else _Scale(unscale, clip)
+        for p in self._parameters:
+            p.scale = _Scale(unscale, clip)
+        return proceed and not (request.skip_nonfinite and not math.isfinite(norm))
+
+    def _decide_mean_v(self) -> None:
+        """SWD's V: the mean of this step's v / (1 - b2^t) over all elements of all parameters."""
+        parts, count = [], 0
+        for p, total in zip(self._parameters, self._columns["maximum"], strict=True):
+            b2 = p.options.beta2
+            if not p.options.amsgrad:
+                kept = p.state["exp_avg_sq_sum"]
+                if _is_kept(p):
+                    total = b2 * kept.to(total.device) + (1 - b2) * total
+                kept.copy_(total)
+            parts.append(total / (1 - b2**p.t))
+            count += p.total
+        self._mean_v = torch.stack(parts).sum() / count
+
+    def update(self) -> None:
+        """Lines 1 to 4, and line 6 where line 5 does not come between."""
+        for i, p in enumerate(self._parameters):
+            p.state["step"] += 1
+            self._update(i, p)
+
+    def _update(self, i: int, p: _Parameter) -> None:
+        w, a, g = _weight(p), _anchor(p), _gradient(p)
+        d = w - a
+        u, root, pull = _adam(p, d, g)
+        new, rate = w - u, p.lambda_t
+        if p.options.method in ("decoupled", "swd"):
+            rate = _decay_rate(p, w, self._mean_v)
+            new, pull = _move(p, w, u, d, rate)
+        if p.options.method == "spd":
+            stepped = w - u - a
+            self._tell(i, alignment=_dot(g, d), stepped_distance2=_dot(stepped, stepped))
+            self._tell(i, growth2=_dot(w - u - w, stepped + d), distance2=_dot(d, d))
+        if (row := self._row(i)) is not None:
+            self._tell(i, gradient2=_dot(_load(p.g), _load(p.g)), weight2=_dot(w, w))
+            self._tell(i, update2=_dot(u, u), decay2=_dot(pull, pull), distance2=_dot(d, d))
+            self._tell(i, update_weight=_dot(u, w), rate=(p.options.lr / root).double().sum())
+            row[COLUMNS.index("decay")] = rate
+        _store_weight(p, new, p.key)
+        if p.options.method != "spd":
+            _average(p)
+
+    def finish(self) -> None:
+        """Line 5, per tensor, and what comes behind it; the rows of telemetry."""
+        for i, p in enumerate(self._parameters):
+            selected = ratio = torch.zeros(())
+            if p.options.method == "spd":
+                selected, ratio = self._projection(i)
+                w, a = _weight(p), _anchor(p)  # what is pulled is what has been stored
+                _store_weight(
+                    p,
+                    w - (p.lambda_t * ratio).to(w.device, w.dtype) * (w - a),
+                    mix(p.key + 1 & 0xFFFFFFFF),
+                )
+                _average(p)
+            if (row := self._row(i)) is not None:
+                self._write_row(row, i, p, selected, ratio)
+
+    def _projection(self, i: int) -> tuple[Tensor, Tensor]:
+        """Selective Projection Decay of one tensor, w~ = w - u: whether it is selected, and r.
+
+            c = -sum(g (w - a));  where c < 0:
+            r = clip((norm(w~ - a) - norm(w - a)) / norm(w~ - a), 0, 1)
+            w <- w~ - lambda_t r (w~ - a)
+
+        The difference of the norms is that of their squares over their sum, and the difference of
+        the squares is summed directly: subtracting two nearly equal norms loses the digits that
+        matter.
+        """
+        sums = {name: column[i] for name, column in self._columns.items()}
+        selected = -sums["alignment"] < 0
+        before, after = sums["distance2"].sqrt(), sums["stepped_distance2"].sqrt()
+        growth = sums["growth2"] / (after + before)
+        r = torch.where(after == 0, 0.0, growth / after).clamp(0, 1)
+        return selected, torch.where(selected, r, 0.0)
+
+    def _tell(self, i: int, **sums: Tensor) -> None:
+        for name, number in sums.items():
+            self._columns[name][i] = number
+
+    def _row(self, i: int) -> Tensor | None:
+        return None if self._request.telemetry is None else self._request.telemetry[i]
+
+    def _write_row(
+        self, row: Tensor, i: int, p: _Parameter, selected: Tensor, ratio: Tensor
+    ) -> None:
+        sums = {name: column[i] for name, column in self._columns.items()}
+        pulled2 = (p.lambda_t * ratio) ** 2 * sums["stepped_distance2"].to(ratio.device)
+        numbers = {
+            **{name: sums[name] for name in COLUMNS if name in sums},
+            "gradient2": p.scale.unscale**2 * sums["gradient2"],
+            "decay2": torch.where(ratio == 0, sums["decay2"].to(ratio.device), pulled2),
+            "lr": p.options.lr,
+            "selected": selected,
+            "ratio": ratio,
+            "mean_v": 0.0 if self._mean_v is None else self._mean_v,
+        }
+        for name, value in numbers.items():
+            row[COLUMNS.index(name)] = value
 
 
-class _Parameter(NamedTuple):
-    """A parameter with its hyper-parameters, gradient and state, at its own step t."""
-
-    h: Hyper
-    w: Tensor
-    g: Tensor
-    state: State
-    place: int  # over all groups
-    scale: _Scale
-    t: int
-    lambda_t: float
+# ---- the rule ------------------------------------------------------------------------------------
 
 
-def _parameters(groups: Sequence[Group], scale: _Scale) -> Iterator[_Parameter]:
-    for h, *tensors in groups:
-        for w, g, state, place in zip(*tensors, strict=True):
-            state["step"] += 1
-            t = int(state["step"].item())
-            lambda_t = h.weight_decay * schedules.factor(h.decay_schedule, t)
-            yield _Parameter(h, w, g, state, place, scale, t, lambda_t)
-
-
-def _update(p: _Parameter, mean_v: Tensor | None, told: Tensor | None) -> None:
-    """Lines 0 to 6, in place. A measured step tells of itself in the row `told`."""
-    h, state, t = p.h, p.state, p.t
-    w, a, g = _weight(p), _anchor(p), _gradient(p)
-    d = w - a
-    rate: float | Tensor = p.lambda_t  # multiplies d where the decay enters ...
-    pull = rate * d  # ... which adds this to w, u or g
-    selected = ratio = torch.tensor(0.0)  # spd
-
-    m, v, v_top = _moments(p, g + pull if h.method == "l2" else g)
+def _adam(p: _Parameter, d: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines 1 to 3, which store the moments: u, what divides it, what the decay adds to w, u or g."""
+    o, pull = p.options, p.lambda_t * d
+    m, v, v_top = _moments(p, g + pull if o.method == "l2" else g)
     _store_moments(p, m, v, v_top)
-    root = v_top.sqrt() / math.sqrt(1 - h.beta2**t) + h.eps
-    m_hat = m / (1 - h.beta1**t)
-    if h.method == "unmixed":
+    root = v_top.sqrt() / math.sqrt(1 - o.beta2**p.t) + o.eps
+    m_hat = m / (1 - o.beta1**p.t)
+    if o.method == "unmixed":
         m_hat = m_hat + pull
-        pull = h.lr * pull / root
-    u = h.lr * m_hat / root
+        pull = o.lr * pull / root
+    if o.method == "spd":
+        pull = torch.zeros_like(pull)  # it comes in line 5
+    return o.lr * m_hat / root, root, pull
 
-    if h.method == "spd":
-        pull, selected, ratio = _project(w - u, w, g, a, p.lambda_t)
-        new = w - u  # what is pulled is what has been stored of it
-    elif h.method in ("decoupled", "swd"):
-        rate = _decay_rate(p, w, mean_v)
-        pull = rate * d
-        if h.cautious:
-            # By signs: u and d may both be so small that their product is 0.
-            pull = torch.where(u.sign() * d.sign() >= 0, pull, 0.0)
-        new = w - pull - u
-    else:
-        new = w - u
-    if told is not None:
-        gradient2 = p.scale.unscale**2 * _dot(_load(p.g), _load(p.g))
-        columns = [
-            *(_dot(w, w), gradient2, _dot(u, u), _dot(pull, pull), _dot(d, d)),
-            *(_dot(u, w), (h.lr / root).sum(dtype=torch.float64), h.lr, rate),
-            *(selected, ratio, 0.0 if mean_v is None else mean_v),
-        ]
-        for place, number in enumerate(columns):  # as in wdkernels.telemetry.COLUMNS
-            told[place] = _everywhere(number)
 
-    _store_weight(p, new, _key(p))
-    if h.method == "spd":
-        new = _weight(p)
-        rate = (p.lambda_t * ratio).to(new.dtype)
-        _store_weight(p, new - rate * (new - a), mix(_key(p) + 1 & 0xFFFFFFFF))
-    if h.ema_decay is not None:
-        k = ema_decay(h, t)
-        _store(state["ema"], torch.lerp(_load(state["ema"]), _load(p.w), 1 - k))
+def _move(
+    p: _Parameter, w: Tensor, u: Tensor, d: Tensor, rate: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Line 4: the weight, and what the decay took from it."""
+    pull = rate * d
+    if p.options.cautious:
+        # By signs: u and d may both be so small that their product is 0.
+        pull = torch.where(u.sign() * d.sign() >= 0, pull, 0.0)
+    return w - pull - u, pull
 
 
 def _moments(p: _Parameter, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Line 2: m, v, and what stands below the root: v, or its maximum."""
-    h, state = p.h, p.state
+    o, kept = p.options, p.state
     # lerp is line 2 as torch.optim computes it: the same NaN after an inf, exactly g for b1 = 0.
-    m = torch.lerp(_load(state["exp_avg"]), g, 1 - h.beta1)
-    v = h.beta2 * _load(state["exp_avg_sq"]) + (1 - h.beta2) * g * g
-    return m, v, torch.maximum(_load(state["max_exp_avg_sq"]), v) if h.amsgrad else v
+    m = torch.lerp(_load(kept["exp_avg"]), g, 1 - o.beta1)
+    v = o.beta2 * _load(kept["exp_avg_sq"]) + (1 - o.beta2) * g * g
+    return m, v, torch.maximum(_load(kept["max_exp_avg_sq"]), v) if o.amsgrad else v
 
 
-def _mean_v(parameters: Sequence[_Parameter]) -> Tensor:
-    """SWD's V: the mean of v / (1 - b2^t) over all elements of all parameters; 0-d, float64.
-
-    V is of this step's v, so this comes before all updates, and computes v for itself.
-    """
-    sums, count = [], 0
-    for p in parameters:
-        h, g = p.h, _gradient(p)
-        _, v, v_top = _moments(p, g)
-        total = v_top.sum(dtype=torch.float64)
-        if not h.amsgrad:
-            kept = p.state["exp_avg_sq_sum"]
-            if p.state["exp_avg_sq"].dtype == torch.bfloat16:
-                # The sum obeys the recurrence of v. Of a v that is rounded it is the better one.
-                total = h.beta2 * kept + (1 - h.beta2) * _dot(g, g)
-            kept.copy_(total)
-        sums.append(total / (1 - h.beta2**p.t))
-        count += v.numel()
-    return _sum(sums) / count
+def _is_kept(p: _Parameter) -> bool:
+    """Whether SWD's sum of v is kept by the recurrence of v: of a v that is rounded to 16 bits it
+    is the better one."""
+    return p.state["exp_avg_sq"].dtype == torch.bfloat16 and not p.options.amsgrad
 
 
 def _decay_rate(p: _Parameter, w: Tensor, mean_v: Tensor | None) -> float | Tensor:
     """d_t of line 4; for SWD a 0-d tensor beside w, so that the host need not wait for V."""
-    scale = p.h.lr
-    if p.h.decay_scale == "relative_lr":
-        scale = p.h.lr / p.h.lr_max
-    elif p.h.decay_scale == "corrected":
-        scale = p.h.lr**2 / p.h.lr_max
-    d = scale * p.lambda_t
+    d = decay_scale(p.options) * p.lambda_t
     if mean_v is None:
         return d
     return torch.where(mean_v == 0, 0.0, d / mean_v.sqrt()).to(w.device, w.dtype)
 
 
-def _project(
-    stepped: Tensor, w: Tensor, g: Tensor, a: Tensor | float, lambda_t: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Selective Projection Decay of one tensor; `stepped` is w~ = w - u.
-
-        c = -sum(g (w - a));  where c < 0:
-        r = clip((norm(w~ - a) - norm(w - a)) / norm(w~ - a), 0, 1);  w <- w~ - lambda_t r (w~ - a)
-
-    The difference of the norms is that of their squares over their sum, and the difference of the
-    squares is summed directly: subtracting two nearly equal norms loses the digits that matter.
-
-    Returns what is subtracted from w~, whether the tensor is selected, and r: 0 if it is not.
-    """
-    before, after = w - a, stepped - a
-    selected = -_dot(g, before) < 0
-    norm_before, norm_after = _dot(before, before).sqrt(), _dot(after, after).sqrt()
-    growth = _dot(stepped - w, after + before) / (norm_after + norm_before)
-    r = torch.where(norm_after == 0, 0.0, growth / norm_after).clamp(0, 1)
-    pull = (lambda_t * r).to(w.dtype) * after
-    return torch.where(selected, pull, 0.0), selected, torch.where(selected, r, 0.0)
+def _average(p: _Parameter) -> None:
+    """Line 6, with the weight as it has been stored."""
+    if p.options.averaged:
+        k = ema_decay(p.options, p.t)
+        _store(p.state["ema"], torch.lerp(_load(p.state["ema"]), _load(p.w), 1 - k))
 
 
 # ---- what is read and written --------------------------------------------------------------------
@@ -255,18 +366,20 @@ def _project(
 def _gradient(p: _Parameter) -> Tensor:
     """Line 0. The factors meet in double and are rounded once."""
     scale = p.scale.unscale * p.scale.clip
-    return _load(p.g) * (-scale if p.h.maximize else scale)
+    return _load(p.g) * (-scale if p.options.maximize else scale)
 
 
 def _anchor(p: _Parameter) -> Tensor | float:
-    return _load(p.state["anchor"]) if p.h.anchored else 0.0
+    if not p.options.anchored:
+        return 0.0
+    return _load(p.state["ema" if p.options.anchor == "ema" else "anchor"])
 
 
 def _weight(p: _Parameter) -> Tensor:
     """w as it is computed with: with all that is kept of it."""
-    if p.w.dtype in storage.NARROW and p.h.master_weights:
+    if p.storage == "master":
         return _load(p.state["master"])
-    if p.w.dtype in storage.NARROW and p.h.rounding == "kahan":
+    if p.storage == "kahan":
         return _load(p.w) + _load(p.state["compensation"])
     return _load(p.w)
 
@@ -274,47 +387,31 @@ def _weight(p: _Parameter) -> Tensor:
 def _store_weight(p: _Parameter, w: Tensor, key: int) -> None:
     """Weights of 16 bits lose what is less than half of their last bit, unless it is kept in the
     master copy or in the compensation (Kahan 1965), or counts as the chance of a whole bit."""
-    if p.w.dtype not in storage.NARROW:
+    if p.storage == "direct":
         _store(p.w, w)
-    elif p.h.master_weights:
+        return
+    random = rounding.noise(key, p.w, p.numbering) if p.storage == "stochastic" else None
+    p.w.copy_(rounding.narrow(w, p.w.dtype, random))
+    if p.storage == "master":
         _store(p.state["master"], w)
-        p.w.copy_(rounding.narrow(w, p.w.dtype))
-    elif p.h.rounding == "kahan":
-        p.w.copy_(rounding.narrow(w, p.w.dtype))
+    if p.storage == "kahan":
         p.state["compensation"].copy_(rounding.narrow(w - _load(p.w), p.w.dtype))
-    else:
-        random = rounding.noise(key, p.w) if p.h.rounding == "stochastic" else None
-        p.w.copy_(rounding.narrow(w, p.w.dtype, random))
 
 
 def _store_moments(p: _Parameter, m: Tensor, v: Tensor, v_top: Tensor) -> None:
     """In bfloat16 always stochastically: near b2 = 1 a step adds less to v than its last bit."""
     moments = [("exp_avg", m, 0), ("exp_avg_sq", v, 16)]
-    if p.h.amsgrad:
+    if p.options.amsgrad:
         moments.append(("max_exp_avg_sq", v_top, 16))
     for name, value, shift in moments:
         if p.state[name].dtype == torch.bfloat16:
-            random = rounding.right_shift(rounding.noise(mix(_key(p) + 2 & 0xFFFFFFFF), p.w), shift)
+            random = rounding.noise(mix(p.key + 2 & 0xFFFFFFFF), p.w, p.numbering) >> shift
             value = rounding.narrow(value, torch.bfloat16, random)
         _store(p.state[name], value)
 
 
-def _key(p: _Parameter) -> int:
-    return rounding.key(random_key(p.h, p.t), p.place)
-
-
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x.double() * y.double()).sum()
-
-
-def _sum(numbers: Sequence[Tensor]) -> Tensor:
-    """Of 0-d tensors, which may be on several devices."""
-    return torch.stack([each.to(numbers[0].device) for each in numbers]).sum()
-
-
-def _everywhere(number: Any) -> Any:
-    """A DTensor's number, for every process."""
-    return number.full_tensor() if hasattr(number, "full_tensor") else number
 
 
 def _real(x: Tensor) -> Tensor:

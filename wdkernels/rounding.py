@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wdkernels import layouts
 from wdkernels.coefficients import mix
+from wdkernels.plan import Numbering
 
 _32_BITS = 0xFFFFFFFF
 
@@ -24,28 +24,20 @@ def key(step_key: int, index: int) -> int:
     return mix(step_key ^ (index * 0x9E3779B9 & _32_BITS))
 
 
-def noise(key: int, x: Tensor) -> Tensor:
-    """32 random bits for each element of x: a hash of the key and of the element's place in memory.
+def noise(key: int, x: Tensor, numbering: Numbering) -> Tensor:
+    """32 random bits for each element of x: a hash of the key and of the element's number.
 
-    That of the dense tensor `torch.empty_like(x)`, so x may have holes.
+    An element's number is its position in the memory of the dense tensor `torch.empty_like(x)`, so
+    x may have holes; where x is a shard, that in the whole tensor.
     """
     element = torch.zeros_like(x, dtype=torch.int64)
-    for dim, stride in enumerate(torch.empty_like(x).stride()):
-        element = element + _index(x, dim) * stride
-    return _mix(element & _32_BITS ^ key)
-
-
-def _index(x: Tensor, dim: int) -> Tensor:
-    """Each element's index along a dimension; of a DTensor's elements, those in the whole."""
-    index = torch.arange(x.shape[dim], device=x.device)
-    index = index.view(-1, *[1] * (x.dim() - dim - 1)).expand(x.shape)
-    if layouts.has_memory(x):
-        return index
-    from torch.distributed.tensor import DTensor, distribute_tensor  # not in every build of torch
-
-    if not isinstance(x, DTensor):
-        return index
-    return distribute_tensor(index, x.device_mesh, x.placements, src_data_rank=None)
+    for dim, stride in enumerate(torch.empty_like(x, device="meta").stride()):
+        index = torch.arange(x.shape[dim], device=x.device)
+        element = element + index.view(-1, *[1] * (x.dim() - dim - 1)) * stride
+    first, run, pitch = numbering
+    if run:
+        element = element // run * pitch + element % run
+    return _mix((first + element) & _32_BITS ^ key)
 
 
 def narrow(x: Tensor, dtype: torch.dtype, random: Tensor | None = None) -> Tensor:
@@ -58,36 +50,31 @@ def narrow(x: Tensor, dtype: torch.dtype, random: Tensor | None = None) -> Tenso
 def _bfloat16(bits: Tensor, random: Tensor | None) -> Tensor:
     """The upper half of a float32's bits. A carry runs into the exponent, as it should."""
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    up = 0x7FFF + (right_shift(bits, 16) & 1) if random is None else random & 0xFFFF
-    return torch.where(nan, 0x7FC0, right_shift(bits + up, 16))
+    up = 0x7FFF + ((bits >> 16) & 1) if random is None else random & 0xFFFF
+    return torch.where(nan, 0x7FC0, (bits + up) >> 16)
 
 
 def _float16(bits: Tensor, random: Tensor | None) -> Tensor:
     """5 bits of exponent, 10 of mantissa; subnormals share the exponent of the smallest normal."""
     magnitude = bits & 0x7FFFFFFF
-    own = right_shift(magnitude, 23).clamp(min=1)  # float32's subnormals share theirs, too
+    own = (magnitude >> 23).clamp(min=1)  # float32's subnormals share theirs, too
     kept = own.clamp(min=113)
-    mantissa = (magnitude & 0x7FFFFF) | torch.where(right_shift(magnitude, 23) > 0, 1 << 23, 0)
+    mantissa = (magnitude & 0x7FFFFF) | torch.where((magnitude >> 23) > 0, 1 << 23, 0)
     distance = 13 + kept - own
     dropped = distance.clamp(max=31)
-    mantissa = right_shift(mantissa, (distance - dropped).clamp(max=31))  # whose chance is nil
+    mantissa = mantissa >> (distance - dropped).clamp(max=31)  # whose chance is nil
     half = torch.bitwise_left_shift(torch.ones_like(bits), dropped - 1)
-    tie = half - 1 + (right_shift(mantissa, dropped) & 1)
+    tie = half - 1 + ((mantissa >> dropped) & 1)
     up = tie if random is None else random & (2 * half - 1)
-    found = right_shift(mantissa + up, dropped) + (kept - 113) * 1024
-    found = found.clamp(max=0x7C00) | (right_shift(bits, 16) & 0x8000)  # what is too large is inf
+    found = ((mantissa + up) >> dropped) + (kept - 113) * 1024
+    found = found.clamp(max=0x7C00) | ((bits >> 16) & 0x8000)  # what is too large is inf
     return torch.where(magnitude > 0x7F800000, 0x7E00, found)
-
-
-def right_shift(x: Tensor, bits: int | Tensor) -> Tensor:
-    """By name, for the operator >> of a DTensor does nothing (torch 2.13)."""
-    return torch.bitwise_right_shift(x, bits)
 
 
 def _mix(x: Tensor) -> Tensor:
     """`coefficients.mix` of a tensor. int64 products wrap around; their lower 32 bits are right."""
-    x = x ^ right_shift(x, 16)
+    x = x ^ (x >> 16)
     x = x * 0x7FEB352D & _32_BITS
-    x = x ^ right_shift(x, 15)
+    x = x ^ (x >> 15)
     x = x * 0x846CA68B & _32_BITS
-    return x ^ right_shift(x, 16)
+    return x ^ (x >> 16)

@@ -27,6 +27,7 @@ _KEYS = {
     "window": ("start", "stop"),
     "linear": ("start", "end", "steps"),
     "cosine": ("start", "end", "steps"),
+    "inverse": ("offset",),
     "product": ("factors",),
 }
 
@@ -68,6 +69,14 @@ def cosine(start: float = 1.0, end: float = 0.0, *, steps: int) -> Schedule:
     return _checked({"kind": "cosine", "start": start, "end": end, "steps": steps})
 
 
+def inverse(offset: int = 2) -> Schedule:
+    """Factor 1 / (t - 1 + offset), `offset` a step count >= 1.
+
+    With anchor="initial" and decay_scale="independent" it is SODA (arXiv 2605.11172).
+    """
+    return _checked({"kind": "inverse", "offset": offset})
+
+
 def warmup(steps: int) -> Schedule:
     """From no decay to full decay in a straight line over `steps` steps: `linear(0, 1)`."""
     return linear(0.0, 1.0, steps=steps)
@@ -90,10 +99,19 @@ def factor(schedule: Schedule | None, t: int) -> float:
     if schedule["kind"] == "window":
         stop = math.inf if schedule["stop"] is None else schedule["stop"]
         return 1.0 if schedule["start"] <= t < stop else 0.0
+    if schedule["kind"] == "inverse":
+        return 1.0 / (t - 1 + schedule["offset"])
     p = min((t - 1) / schedule["steps"], 1.0)
     # The share of the start value, not of the difference: both ends then come out exactly.
     share = 1.0 - p if schedule["kind"] == "linear" else (1.0 + math.cos(math.pi * p)) / 2.0
     return float(schedule["start"] * share + schedule["end"] * (1.0 - share))
+
+
+def largest(schedule: Schedule) -> float:
+    """The largest factor that a valid schedule, which is no product, ever has."""
+    if schedule["kind"] in ("linear", "cosine"):
+        return float(max(schedule["start"], schedule["end"]))
+    return 1.0
 
 
 def validate(schedule: object) -> None:
@@ -127,6 +145,8 @@ def validate(schedule: object) -> None:
         _check_factor(schedule, "start")
         _check_factor(schedule, "end")
         _check_count(schedule, "steps", at_least=1)
+    elif kind == "inverse":
+        _check_count(schedule, "offset", at_least=1)
     elif kind == "product":
         _check_factors(schedule["factors"])
 

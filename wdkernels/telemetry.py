@@ -12,7 +12,7 @@ from torch import Tensor
 # where they have not. Old weights w, the gradient g, Adam's step u (wdkernels/optim.py).
 COLUMNS = (
     "weight2",  # sum of w^2
-    "grad2",  # sum of g^2, unscaled, and without what clipping did to it
+    "gradient2",  # sum of g^2, unscaled, and without what clipping did to it
     "update2",  # sum of u^2
     "decay2",  # sum of the squares of what the decay adds, where it enters
     "distance2",  # sum of (w - a)^2
@@ -63,7 +63,7 @@ class Telemetry(Mapping[str, Mapping[str, Tensor]]):
         self,
         names: Sequence[str],
         numels: Sequence[int],
-        methods: Sequence[str],
+        method: str,
         table: Tensor,
         step: int,
     ) -> None:
@@ -73,8 +73,8 @@ class Telemetry(Mapping[str, Mapping[str, Tensor]]):
         sizes = sizes.to(table.device, non_blocking=True)
         each = _quantities(columns, sizes)
         self._names = list(names)
-        self._places = {name: place for place, name in enumerate(names)}
-        self._keys = [[*each, *_OF_METHOD.get(method, ())] for method in methods]
+        self._rows = {name: row for row, name in enumerate(names)}
+        self._keys = [*each, *_OF_METHOD.get(method, ())]
         each.update(selected=columns["selected"], ratio=columns["ratio"])
         each.update(sqrt_mean_v=columns["mean_v"].sqrt())
         self._each = each
@@ -85,15 +85,16 @@ class Telemetry(Mapping[str, Mapping[str, Tensor]]):
         total = _quantities(sums, count)
         for key in ("lr", "decay"):  # of groups, not of a model
             del total[key]
-        if "spd" in methods:
+        if method == "spd":
             total["selected"] = sums["selected"]
-        if "swd" in methods:
-            total["sqrt_mean_v"] = columns["mean_v"].max().sqrt()
+        if method == "swd":
+            v = columns["mean_v"]
+            total["sqrt_mean_v"] = v.max().sqrt() if len(v) else torch.zeros_like(count)
         self.total: Mapping[str, Tensor] = total
 
     def __getitem__(self, name: str) -> Mapping[str, Tensor]:
-        place = self._places[name]
-        return {key: self._each[key][place] for key in self._keys[place]}
+        row = self._rows[name]
+        return {key: self._each[key][row] for key in self._keys}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -105,13 +106,27 @@ class Telemetry(Mapping[str, Mapping[str, Tensor]]):
         """All of it as plain numbers, by parameter's name; that of all parameters is "total"."""
         columns = {key: column.tolist() for key, column in self._each.items()}
         found = {
-            name: {key: columns[key][place] for key in self._keys[place]}
-            for name, place in self._places.items()
+            name: {key: columns[key][row] for key in self._keys} for name, row in self._rows.items()
         }
         found["total" if "total" not in found else "total of all"] = {
             key: value.item() for key, value in self.total.items()
         }
         return found
+
+    def __str__(self) -> str:
+        """A table, a line for each parameter and one for the total."""
+        found = self.to_dict()
+        keys = list(dict.fromkeys(key for row in found.values() for key in row))
+        lines = [[f"step {self.step}", *keys]]
+        lines += [
+            [name, *(f"{row[key]:.4g}" if key in row else "" for key in keys)]
+            for name, row in found.items()
+        ]
+        first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
+        return "\n".join(
+            "  ".join([name.ljust(first), *map(str.rjust, cells, widths)]).rstrip()
+            for name, *cells in lines
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each parameter and one for the total, as for `pandas.DataFrame`."""
@@ -131,7 +146,7 @@ _OF_METHOD = {"spd": ("selected", "ratio"), "swd": ("sqrt_mean_v",)}
 
 
 def _quantities(x: Mapping[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
-    weight, grad, update = x["weight2"].sqrt(), x["grad2"].sqrt(), x["update2"].sqrt()
+    weight, grad, update = x["weight2"].sqrt(), x["gradient2"].sqrt(), x["update2"].sqrt()
     return {
         "weight_norm": weight,
         "grad_norm": grad,

@@ -10,6 +10,7 @@ namespace wdk {
   void square(const CpuWork&);   \
   void maximize(const CpuWork&); \
   void update(const CpuWork&);   \
+  void pull(const CpuWork&);     \
   }
 WDK_DECLARE(baseline)
 #ifdef WDK_X86
@@ -33,10 +34,10 @@ CpuLoops cpu_loops(const std::string& instruction_set) {
   for (const std::string& name : instruction_sets()) {
     if (name != instruction_set) continue;
 #ifdef WDK_X86
-    if (name == "avx2") return {avx2::square, avx2::maximize, avx2::update};
-    if (name == "avx512") return {avx512::square, avx512::maximize, avx512::update};
+    if (name == "avx2") return {avx2::square, avx2::maximize, avx2::update, avx2::pull};
+    if (name == "avx512") return {avx512::square, avx512::maximize, avx512::update, avx512::pull};
 #endif
-    return {baseline::square, baseline::maximize, baseline::update};
+    return {baseline::square, baseline::maximize, baseline::update, baseline::pull};
   }
   throw std::invalid_argument("instruction set '" + instruction_set +
                               "' is not in this build or not on this processor");
