@@ -153,10 +153,12 @@ double CpuStep::mean_v() {
     const Tensor& tensor = input_->tensors[i];
     const StepNumbers& numbers = input_->rows[tensor.row].numbers;
     const double* sums = work_.sums[i];
-    const double sum = tensor.vmax ? sums[kMaximum]
-                                   : * tensor.v_sum = kept_sum(
-                                         *tensor.v_sum, tensor.total, sums[kGradient2],
-                                         decision_.scale, numbers.coefficients.one_minus_beta2);
+    double sum = sums[kMaximum];
+    if (!tensor.vmax) {
+      sum = kept_sum(*tensor.v_sum, tensor.total, sums[kGradient2], decision_.scale,
+                     numbers.coefficients.one_minus_beta2);
+      *tensor.v_sum = sum;
+    }
     total += sum / numbers.bias_correction2;
     elements += tensor.total;
   }

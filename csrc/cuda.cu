@@ -1,5 +1,5 @@
 // The GPU kernels and their launches. They know streams, chunks, blocks and the order of work; the
-// math is update.h's and coefficients.h's, storage dtype.h's.
+// math is update.h's and decide.h's, storage cuda_streams.h's.
 //
 // A kernel takes all tensors that are computed in one type, in one launch; in which types they are
 // stored, each block reads in the table of tensors. Blocks stay, and take one chunk after the other.
@@ -7,336 +7,27 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <stdexcept>
 
+#include "cuda_errors.h"
 #include "cuda_kernels.h"
+#include "cuda_sums.h"
 
 namespace wdk {
 
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kWarp = 32;
-
-// ---- streams -----------------------------------------------------------------------------------
-
-// As many elements as a thread takes at once: 16 bytes of a stream in the type that is computed in,
-// fewer of a narrower one. Where a stream is not aligned to that, one.
-template <class T, int n>
-struct alignas(n * sizeof(T)) Vector {
-  T x[n];
-};
-
-template <class T>
-constexpr DType dtype_of = sizeof(T) == 8 ? DType::float64 : DType::float32;
-
-// A stream from a chunk's first element on; or none.
-struct Strip {
-  char* data = nullptr;
-  DType type = DType::float32;
-
-  Strip() = default;
-  __device__ Strip(const void* stream, DType type, int64_t begin) : type(type) {
-    if (stream) data = static_cast<char*>(const_cast<void*>(stream)) + begin * size_of(type);
-  }
-  __device__ explicit operator bool() const { return data; }
-  __device__ bool aligned(int n) const {
-    return reinterpret_cast<uintptr_t>(data) % (n * size_of(type)) == 0;
-  }
-
-  // Element i, if elements are stored as S. Addresses come out of tables: that they are global
-  // memory's, the compiler has to be told.
-  template <class S, class X>
-  __device__ X& at(int i) const {
-    S* const element = reinterpret_cast<S*>(data) + i;
-    __builtin_assume(__isGlobal(element));
-    return *reinterpret_cast<X*>(element);
-  }
-};
-
-template <class To, class From>
-__device__ To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-template <int bytes>
-using Bits =
-    std::conditional_t<bytes == 8, uint64_t, std::conditional_t<bytes == 4, uint32_t, uint16_t>>;
-
-// n numbers as they lie in memory, the bits of narrow ones side by side. They are unpacked and widened
-// later, so that the loads of all streams are on their way before the first is waited for.
-template <class T, int n>
-struct Raw {
-  Bits<sizeof(T)> words[n];
-
-  // If they are stored as S.
-  template <class S>
-  __device__ void load(const Strip& s, int i) {
-    constexpr int bytes = n * sizeof(S), word = bytes < sizeof(T) ? bytes : sizeof(T);
-    const auto x = s.at<S, Vector<Bits<word>, bytes / word>>(i);
-#pragma unroll
-    for (int k = 0; k < bytes / word; ++k) words[k] = x.x[k];
-  }
-  template <class S>
-  __device__ S get(int k) const {
-    constexpr int share = sizeof(T) / sizeof(S);  // of a word
-    const auto bits = words[k / share] >> (k % share * 8 * sizeof(S));
-    return bit_cast<S>(static_cast<Bits<sizeof(S)>>(bits));
-  }
-};
-
-// If the stream is wanted. Zeros else, and where there is no more to load: what nobody has set would
-// have to keep its register from one vector to the next.
-template <int n, class T>
-__device__ void load(Raw<T, n>& raw, const Strip& s, int i, bool wanted = true) {
-  raw = {};
-  if (!wanted) return;
-  if (s.type == dtype_of<T>)
-    raw.template load<T>(s, i);
-  else if (sizeof(T) == 4 || is_narrow(s.type))
-    raw.template load<uint16_t>(s, i);
-  else
-    raw.template load<float>(s, i);  // an anchor of float64 weights
-}
-
-template <int n, class T>
-__device__ Vector<T, n> widened(const Raw<T, n>& raw, DType type) {
-  Vector<T, n> x;
-  const auto widen_as = [&](auto storage) {
-#pragma unroll
-    for (int k = 0; k < n; ++k) x.x[k] = T(widen(raw.template get<decltype(storage)>(k)));
-  };
-  if (type == dtype_of<T>)
-    widen_as(T{});
-  else if (type == DType::bfloat16)
-    widen_as(BFloat16{});
-  else if (sizeof(T) == 4 || type == DType::float16)
-    widen_as(Float16{});
-  else
-    widen_as(float{});
-  return x;
-}
-
-template <int n, class T>
-__device__ void store(const Strip& s, int i, const Vector<T, n>& x) {
-  s.at<T, Vector<T, n>>(i) = x;
-}
-
-// In 16 bits; random(k): what element k is rounded up by, if not to nearest.
-template <bool nearest, int n, class Random>
-__device__ Vector<uint16_t, n> narrowed(const Vector<float, n>& x, DType type,
-                                        const Random& random) {
-  Vector<uint16_t, n> bits;
-  const auto narrow_to = [&](auto storage) {
-#pragma unroll
-    for (int k = 0; k < n; ++k) bits.x[k] = narrow<nearest>(x.x[k], random(k), storage);
-  };
-  if (type == DType::bfloat16)
-    narrow_to(BFloat16{});
-  else
-    narrow_to(Float16{});
-  return bits;
-}
-
-template <int n>
-__device__ Vector<uint16_t, n> to_nearest(const Vector<float, n>& x, DType type) {
-  return narrowed<true>(x, type, [](int) { return 0u; });
-}
-
-template <int n>
-__device__ Vector<float, n> widened(const Vector<uint16_t, n>& bits, DType type) {
-  Vector<float, n> x;
-#pragma unroll
-  for (int k = 0; k < n; ++k)
-    x.x[k] = type == DType::bfloat16 ? widen(BFloat16{bits.x[k]}) : widen(Float16{bits.x[k]});
-  return x;
-}
-
-// A tensor's streams from a chunk's first element on, and how they are stored.
-template <class T>
-class Strips {
- public:
-  Strip weight;  // as it is computed with: w, or its master copy
-  Strip w, compensation, g, m, v, vmax, a, ema;
-
-  __device__ Strips(const Tensor& t, const Row& row, const Chunk& chunk)
-      : first_(uint32_t(chunk.begin)), keys_(tensor_key(row.numbers.key, t.index)) {
-    // Known to the compiler: for float64 only an anchor may be of another type.
-    const DType weights = sizeof(T) == 8 ? DType::float64 : t.weight_type;
-    const DType moments = sizeof(T) == 8                    ? DType::float64
-                          : t.moment_type == DType::float32 ? DType::float32
-                                                            : DType::bfloat16;
-    const auto strip = [&](const void* stream, DType type) {
-      return Strip(stream, type, chunk.begin);
-    };
-    w = strip(t.w, weights);
-    g = strip(t.g, weights);
-    m = strip(t.m, moments);
-    v = strip(t.v, moments);
-    vmax = strip(t.vmax, moments);
-    a = strip(t.a, t.anchor_type);
-    ema = strip(t.ema, dtype_of<T>);
-    if (sizeof(T) == 4) compensation = strip(t.compensation, weights);
-    weight = sizeof(T) == 4 && t.master ? strip(t.master, dtype_of<T>) : w;
-    stochastic_ = !t.master && !t.compensation && row.hyper.rounding == Rounding::stochastic;
-  }
-
-  __device__ bool aligned(int n) const {
-    return weight.aligned(n) && w.aligned(n) && compensation.aligned(n) && g.aligned(n) &&
-           m.aligned(n) && v.aligned(n) && vmax.aligned(n) && a.aligned(n) && ema.aligned(n);
-  }
-
-  // Of what `weight` and `compensation` held.
-  template <int n>
-  __device__ Vector<T, n> weights(const Raw<T, n>& x, const Raw<T, n>& rest) const {
-    Vector<T, n> sum = widened(x, weight.type);
-    if (!compensation) return sum;
-    const Vector<T, n> lost = widened(rest, compensation.type);
-#pragma unroll
-    for (int k = 0; k < n; ++k) sum.x[k] = sum.x[k] + lost.x[k];
-    return sum;
-  }
-
-  // Returns the weights as the model sees them. `pulled`: once more in the same step.
-  template <int n>
-  __device__ Vector<T, n> store_weights(int i, const Vector<T, n>& x, bool pulled) const {
-    if constexpr (sizeof(T) == 4)
-      if (is_narrow(w.type)) {
-        if (weight.data != w.data) store(weight, i, x);
-        const uint32_t key = pulled ? keys_.pulled : keys_.weight;
-        const Vector<uint16_t, n> bits =
-            stochastic_ ? at_random<0>(i, x, w.type, key) : to_nearest(x, w.type);
-        store(w, i, bits);
-        const Vector<T, n> seen = widened(bits, w.type);
-        if (compensation) {
-          Vector<T, n> lost;
-#pragma unroll
-          for (int k = 0; k < n; ++k) lost.x[k] = x.x[k] - seen.x[k];
-          store(compensation, i, to_nearest(lost, w.type));
-        }
-        return seen;
-      }
-    store(w, i, x);
-    return x;
-  }
-
-  // v and vmax take the higher half of an element's random bits, m the lower one.
-  template <bool higher, int n>
-  __device__ void store_moment(const Strip& s, int i, const Vector<T, n>& x) const {
-    if constexpr (sizeof(T) == 4)
-      if (is_narrow(s.type)) {
-        store(s, i, at_random<higher ? 16 : 0>(i, x, DType::bfloat16, keys_.moments));
-        return;
-      }
-    store(s, i, x);
-  }
-
-  template <int n>
-  __device__ void update_average(int i, Vector<T, n> average, const Vector<T, n>& seen,
-                                 const Coefficients<T>& c) const {
-#pragma unroll
-    for (int k = 0; k < n; ++k) average.x[k] = wdk::average(average.x[k], seen.x[k], c);
-    store(ema, i, average);
-  }
-
- private:
-  template <int shift, int n>
-  __device__ Vector<uint16_t, n> at_random(int i, const Vector<T, n>& x, DType type,
-                                           uint32_t key) const {
-    return narrowed<false>(x, type, [&](int k) { return noise(key, first_ + i + k) >> shift; });
-  }
-
-  uint32_t first_;  // index in the tensor
-  Noise keys_;
-  bool stochastic_;
-};
-
-// Calls body(Width<n>{}, i) for vectors of n elements at i, all of them of this block's share.
-template <int n>
-struct Width {
-  static constexpr int value = n;
-};
-
-// `ahead`: how many are begun before the first is done; of use where nothing is stored.
-template <int n, int ahead, class Body>
-__device__ void for_each_vector(bool aligned, int size, const Body& body) {
-  const int whole = aligned ? size - size % n : 0;
-#pragma unroll ahead
-  for (int i = threadIdx.x * n; i < whole; i += kThreads * n) body(Width<n>{}, i);
-#pragma unroll 1
-  for (int i = whole + threadIdx.x; i < size; i += kThreads) body(Width<1>{}, i);
-}
-
-template <class T, class Body>
-__device__ void for_each_vector(const Strips<T>& s, int size, const Body& body) {
-  constexpr int n = 16 / sizeof(T);
-  for_each_vector<n, 1>(s.aligned(n), size, body);
-}
-
-// ---- sums --------------------------------------------------------------------------------------
-
-// The sums over all threads, in thread 0; always in the same order.
-template <int n>
-__device__ void sum_over_block(double (&x)[n]) {
-  __shared__ double warps[n][kThreads / kWarp];
-  __syncthreads();  // the sums before these have been read
-#pragma unroll
-  for (int k = 0; k < n; ++k) {
-    for (int delta = kWarp / 2; delta > 0; delta /= 2)
-      x[k] += __shfl_down_sync(0xffffffff, x[k], delta);
-    if (threadIdx.x % kWarp == 0) warps[k][threadIdx.x / kWarp] = x[k];
-  }
-  __syncthreads();
-  if (threadIdx.x == 0)
-    for (int k = 0; k < n; ++k) {
-      x[k] = 0;
-      for (int warp = 0; warp < kThreads / kWarp; ++warp) x[k] += warps[k][warp];
-    }
-}
-
-// The sums over all chunks of a tensor, in thread 0, from a table that other blocks have written.
-template <int n>
-__device__ void sum_over_chunks(double (&x)[n], const double (*table)[n], Span span) {
-#pragma unroll
-  for (int j = 0; j < n; ++j) x[j] = 0;
-#pragma unroll 1
-  for (int k = threadIdx.x; k < span.count; k += kThreads)
-#pragma unroll
-    for (int j = 0; j < n; ++j) x[j] += __ldcg(&table[span.first + k][j]);
-  sum_over_block(x);
-}
-
-// Whether this block is the last of `all` to get here. What the others wrote before is then to be
-// seen, past the L1 cache.
-__device__ bool last_to_arrive(int32_t* arrived, int all) {
-  __shared__ bool last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(arrived, 1) == all - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  return last;
-}
-
-__device__ ProjectionSums projection_sums(const double* x) { return {x[0], x[1], x[2]}; }
-__device__ MeasuredSums measured_sums(const double* x) {
-  return {x[0], x[1], x[2], x[3], x[4], x[5]};
-}
-
-// ---- numbers of the whole step, and of rows whose steps are counted on the device ---------------
+// ---- what all tensors share, and rows whose steps are counted on the device ----------------------
 
 // Whether this step is to be skipped.
-__device__ bool skipped(const GpuWork& work) { return work.whole && work.whole->skip; }
+__device__ bool skipped(const GpuWork& work) { return work.decision && work.decision->skip; }
+
+__device__ Decision decision_of(const GpuWork& work) {
+  return work.decision ? *work.decision : Decision{};
+}
 
 template <class T>
 __device__ Coefficients<T> coefficients_of(const GpuWork& work, const Row& row) {
-  Coefficients<T> c =
-      rounded<T>(joined(row.hyper, row.numbers, work.whole ? *work.whole : Whole{}));
+  Coefficients<T> c = rounded<T>(joined(row.options, row.numbers, decision_of(work)));
   // Out of a shuffle, though all lanes have the same: else they are rounded again at every element.
   c.one_minus_beta1 = __shfl_sync(0xffffffff, c.one_minus_beta1, 0);
   c.one_minus_beta2 = __shfl_sync(0xffffffff, c.one_minus_beta2, 0);
@@ -344,10 +35,10 @@ __device__ Coefficients<T> coefficients_of(const GpuWork& work, const Row& row) 
 }
 
 // By one thread, for all.
-__device__ void announce(const GpuWork& work, const Request& request, const Whole& whole) {
-  if (work.whole) *work.whole = whole;
-  if (request.grad_norm) *request.grad_norm = whole.grad_norm;
-  if (whole.skip) ++*request.skipped;
+__device__ void announce(const GpuWork& work, const Request& request, const Decision& decision) {
+  if (work.decision) *work.decision = decision;
+  if (request.grad_norm) *request.grad_norm = decision.grad_norm;
+  if (decision.skip) ++*request.skipped;
 }
 
 // The next step of a row, if it is counted here; of one that is not skipped.
@@ -355,64 +46,66 @@ __device__ void count(Row& row) {
   if (!row.step.data) return;
   row.t = row.step.get() + 1;
   row.step.set(row.t);
-  Hyper hyper = row.hyper;
-  if (hyper.live_lr.data) hyper.lr = hyper.live_lr.get();
-  if (hyper.live_weight_decay.data) hyper.weight_decay = hyper.live_weight_decay.get();
-  row.numbers = numbers_of(hyper, row.t);
+  GroupOptions options = row.options;
+  if (options.device_lr.data) options.lr = options.device_lr.get();
+  if (options.device_weight_decay.data) options.weight_decay = options.device_weight_decay.get();
+  row.numbers = numbers_of(options, row.t);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    prepare_kernel(const GpuWork work, const Request request) {
-  const int i = blockIdx.x * kThreads + threadIdx.x;
-  const Whole whole = whole_of(request, 0);  // nothing has been summed, for there are no elements
-  if (i == 0) announce(work, request, whole);
-  if (!whole.skip && i < work.n_rows) count(work.rows[i]);
-}
-
-// SWD: a tensor's part of V, times elements. Its kept sum obeys the recurrence of v itself; the
+// SWD: what a tensor adds to V, times all elements. Its kept sum obeys the recurrence of v itself; the
 // maxima of amsgrad have none, and were summed as they will be.
-__device__ double mean_part(const GpuWork& work, int index, double scale) {
+__device__ double part_of_v(const GpuWork& work, int index, double scale) {
   const Tensor& tensor = work.tensors[index];
-  if (tensor.numel == 0) return 0;
-  const Numbers& numbers = work.rows[tensor.row].numbers;
-  double sum = __ldcg(&work.totals[index]);
+  const StepNumbers& numbers = work.rows[tensor.row].numbers;
+  const double* sums = work.sums[index];
+  double sum = sums[kMaximum];
   if (tensor.v_sum)
-    sum = *tensor.v_sum =
-        kept_sum(*tensor.v_sum, scale * scale * sum, numbers.coefficients.one_minus_beta2);
+    sum = *tensor.v_sum = kept_sum(*tensor.v_sum, tensor.total, sums[kGradient2], scale,
+                                   numbers.coefficients.one_minus_beta2);
   return sum / numbers.bias_correction2;
 }
 
-// What becomes of the sums over all tensors; by one block.
-__device__ void conclude(const GpuWork& work, const Request& request, Reduction what) {
-  __shared__ Whole whole;
-  double sum[1] = {0};
-  if (what.first) {
+// What becomes of the table of sums: by one block, or by several that count rows if nothing has been
+// summed.
+__device__ void conclude(const GpuWork& work, const Request& request, Round round, int block,
+                         int blocks) {
+  __shared__ Decision decision;
+  double sum = 0;
+  if (round.first) {
+    if (request.needs_norm()) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < work.n_tensors; i += kThreads)
-      if (work.spans[i].count) sum[0] += __ldcg(&work.totals[i]);
-    sum_over_block(sum);
-    if (threadIdx.x == 0) announce(work, request, whole = whole_of(request, sum[0]));
+      for (int i = threadIdx.x; i < work.n_tensors; i += kThreads) sum += work.sums[i][kGradient2];
+      sum = sum_over_block(sum);
+    }
+    if (threadIdx.x == 0) decision = decide(request, sum);
+    if (threadIdx.x == 0 && block == 0) announce(work, request, decision);
   } else if (threadIdx.x == 0) {
-    whole = *work.whole;
+    decision = *work.decision;
   }
   __syncthreads();
-  if (whole.skip) return;
-  if (what.first)
+  if (decision.skip) return;
+  if (round.first)
 #pragma unroll 1
-    for (int i = threadIdx.x; i < work.n_rows; i += kThreads) count(work.rows[i]);
-  if (!what.stable) return;
+    for (int i = block * kThreads + threadIdx.x; i < work.n_rows; i += blocks * kThreads)
+      count(work.rows[i]);
+  if (!round.mean_v || work.total == 0) return;
   __syncthreads();  // the rows have been counted
-  sum[0] = 0;
+  sum = 0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < work.n_tensors; i += kThreads)
-    sum[0] += mean_part(work, i, whole.scale);
-  sum_over_block(sum);
-  if (threadIdx.x == 0) work.whole->mean_square = sum[0] / work.elements;
+    sum += part_of_v(work, i, decision.scale);
+  sum = sum_over_block(sum);
+  if (threadIdx.x == 0) work.decision->mean_v = sum / work.total;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    decide_kernel(const GpuWork work, const Request request, const Round round) {
+  conclude(work, request, round, blockIdx.x, gridDim.x);
 }
 
 // ---- sums before the step ----------------------------------------------------------------------
 
-// Of gradients that are stored as S, 16 bytes at a time.
+// The squares of gradients that are stored as S, 16 bytes at a time.
 template <class S>
 __device__ double squares(const Strip& g, int size) {
   constexpr int n = 16 / sizeof(S);
@@ -440,11 +133,11 @@ __device__ double squares(const Tensor& tensor, const Chunk& chunk) {
   }
 }
 
-// Of the vmax that this step will have: it is computed here and once more in the step.
+// The vmax that this step will have: it is computed here and once more in the step.
 template <class T>
 __device__ double maxima(const Tensor& tensor, const Row& row, const Chunk& chunk, double scale) {
   const Strips<T> s(tensor, row, chunk);
-  const T scale_of_g = T(scale), one_minus_beta2 = T(1 - row.hyper.beta2);
+  const T scale_of_g = T(scale), one_minus_beta2 = T(1 - row.options.beta2);
   double sum = 0;
   for_each_vector(s, chunk.size, [&](auto width, int i) {
     constexpr int n = decltype(width)::value;
@@ -463,39 +156,41 @@ __device__ double maxima(const Tensor& tensor, const Row& row, const Chunk& chun
 }
 
 __global__ void __launch_bounds__(kThreads, 5)
-    reduce_kernel(const GpuWork work, const Request request, const Reduction what) {
-  if (!what.first && work.whole->skip) return;
-  const double scale = !what.maxima ? 1
-                       : what.first ? whole_of(request, 0).scale
-                                    : work.whole->scale;
+    reduce_kernel(const GpuWork work, const Request request, const Round round,
+                  const bool decides) {
+  if (!round.first && work.decision->skip) return;
+  const double scale = !round.maxima ? 1
+                       : round.first ? decide(request, 0).scale  // no norm is asked for
+                                     : work.decision->scale;
   for (int index = work.first_chunk + blockIdx.x; index < work.last_chunk; index += gridDim.x) {
     const Chunk& chunk = work.chunks[index];
     const Tensor& tensor = work.tensors[chunk.tensor];
     const Row& row = work.rows[tensor.row];
     const Span span = work.spans[chunk.tensor];
-    double sum[1];
-    if (what.maxima && row.hyper.is.amsgrad)
-      sum[0] = tensor.type() == DType::float32 ? maxima<float>(tensor, row, chunk, scale)
-                                               : maxima<double>(tensor, row, chunk, scale);
-    else if (what.first)
-      sum[0] = squares(tensor, chunk);
+    const Sum column = round.maxima && tensor.vmax ? kMaximum : kGradient2;
+    double sum;
+    if (column == kMaximum)
+      sum = tensor.type() == DType::float32 ? maxima<float>(tensor, row, chunk, scale)
+                                            : maxima<double>(tensor, row, chunk, scale);
+    else if (round.squares)
+      sum = squares(tensor, chunk);
     else
       continue;
-    sum_over_block(sum);
+    sum = sum_over_block(sum);
     if (span.count > 1) {
-      if (threadIdx.x == 0) work.sums[index][0] = sum[0];
+      if (threadIdx.x == 0) work.chunk_sums[index][column] = sum;
       if (!last_to_arrive(&work.done[chunk.tensor], span.count)) continue;
-      sum_over_chunks(sum, work.sums, span);
+      sum = sum_over_rows(work.chunk_sums + span.first, column, span.count);
     }
-    if (threadIdx.x == 0) work.totals[chunk.tensor] = sum[0];
+    if (threadIdx.x == 0) work.sums[chunk.tensor][column] = sum;
   }
-  if (last_to_arrive(work.blocks_done, gridDim.x)) conclude(work, request, what);
+  if (decides && last_to_arrive(work.blocks_done, gridDim.x)) conclude(work, request, round, 0, 1);
 }
 
 // ---- the step of a chunk -----------------------------------------------------------------------
 
-// The step of n elements at i, and what they add to the sums: SPD's, and telemetry's behind them.
-template <bool projected, bool measured, int n, class T, int kSums>
+// The step of n elements at i, and what they add to the sums: SPD's, and telemetry's.
+template <bool projected, bool measured, int n, class T>
 __device__ void update_vector(const Strips<T>& s, int i, const Coefficients<T>& c, Variant is,
                               double (&sums)[kSums]) {
   Raw<T, n> raw_w, raw_rest, raw_g, raw_m, raw_v, raw_vmax, raw_a, raw_ema;
@@ -514,35 +209,28 @@ __device__ void update_vector(const Strips<T>& s, int i, const Coefficients<T>& 
   const Vector<T, n> g = widened(raw_g, s.g.type), a = widened(raw_a, s.a.type);
   if (is.amsgrad) vmax = widened(raw_vmax, s.vmax.type);
 
-  T terms[kProjected] = {};
+  T few[kSums] = {};  // terms that are added in their own type first
 #pragma unroll
   for (int k = 0; k < n; ++k) {
     Element<T> x{w.x[k], g.x[k], m.x[k], v.x[k], vmax.x[k], a.x[k], 0, 0};
     update(x, c, is);
     if (projected) {
-      const ProjectionTerms<T> p = projection_terms(w.x[k], c.scale * x.g, x.a, x.w, is.anchored);
-      terms[0] += p.alignment;
-      terms[1] += p.distance2;
-      terms[2] += p.growth2;
+      T terms[kSums];
+      projection_terms(terms, w.x[k], c.scale * x.g, x.a, x.w, is);
+      for_each_column<kProjectedColumns>([&](int j) { few[j] += terms[j]; });
     }
     if (measured) {
-      const MeasuredSums t = measured_terms<double>(w.x[k], x, c, is);
-      double* to = sums + (projected ? kProjected : 0);
-      to[0] += t.weight2;
-      to[1] += t.update2;
-      to[2] += t.decay2;
-      to[3] += t.distance2;
-      to[4] += t.update_weight;
-      to[5] += t.rate;
-      to[6] += double(x.g) * double(x.g);
+      double terms[kSums];
+      measured_terms(terms, w.x[k], x, c, is);
+      terms[kGradient2] = double(x.g) * double(x.g);
+      for_each_column<kMeasuredColumns>([&](int j) { sums[j] += terms[j]; });
     }
     w.x[k] = x.w;
     m.x[k] = x.m;
     v.x[k] = x.v;
     vmax.x[k] = x.vmax;
   }
-#pragma unroll
-  for (int k = 0; projected && k < kProjected; ++k) sums[k] += double(terms[k]);
+  if (projected) for_each_column<kProjectedColumns>([&](int j) { sums[j] += double(few[j]); });
 
   const Vector<T, n> seen = s.store_weights(i, w, false);
   s.template store_moment<false>(s.m, i, m);
@@ -551,17 +239,22 @@ __device__ void update_vector(const Strips<T>& s, int i, const Coefficients<T>& 
   if (averaged) s.update_average(i, widened(raw_ema, s.ema.type), seen, c);
 }
 
-template <bool projected, bool measured, class T, int kSums>
-__device__ void update_chunk(const GpuWork& work, const Chunk& chunk, double (&sums)[kSums]) {
+// Its sums are in thread 0 afterwards; telemetry's are left in the chunk's row.
+template <bool projected, bool measured, class T>
+__device__ void update_chunk(const GpuWork& work, int index, double (&sums)[kSums]) {
+  const Chunk& chunk = work.chunks[index];
   const Tensor& tensor = work.tensors[chunk.tensor];
   const Row& row = work.rows[tensor.row];
   const Strips<T> s(tensor, row, chunk);
   const Coefficients<T> c = coefficients_of<T>(work, row);
-  Variant is = row.hyper.is;
+  Variant is = tensor.variant(row.options);
   if (projected) is.decay = Decay::projection;  // known to the compiler
   for_each_vector(s, chunk.size, [&](auto width, int i) {
     update_vector<projected, measured, decltype(width)::value>(s, i, c, is, sums);
   });
+  constexpr unsigned set = (projected ? kProjectedColumns : 0) | (measured ? kMeasuredColumns : 0);
+  if (set) sum_over_block<set>(sums);
+  if (measured && threadIdx.x == 0) leave<kMeasuredColumns>(work.chunk_sums[index], sums);
 }
 
 // Blocks that a multiprocessor is to hold at once, if it has registers for them.
@@ -575,12 +268,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T, measured>)
     update_kernel(const GpuWork work) {
   if (skipped(work)) return;
   for (int k = work.first_chunk + blockIdx.x; k < work.last_chunk; k += gridDim.x) {
-    double sums[measured ? kMeasured : 1] = {};
-    update_chunk<false, measured, T>(work, work.chunks[k], sums);
-    if (!measured) continue;
-    sum_over_block(sums);
-    if (threadIdx.x == 0)
-      for (int j = 0; j < kMeasured; ++j) work.measured[k][j] = sums[j];
+    double sums[kSums] = {};
+    update_chunk<false, measured, T>(work, k, sums);
   }
 }
 
@@ -592,7 +281,7 @@ __device__ void pull_chunk(const GpuWork& work, const Chunk& chunk, double shrin
   const Tensor& tensor = work.tensors[chunk.tensor];
   if (shrink == 0 && !tensor.ema) return;
   const Row& row = work.rows[tensor.row];
-  const bool anchored = row.hyper.is.anchored;
+  const Variant is = tensor.variant(row.options);
   const Strips<T> s(tensor, row, chunk);
   const Coefficients<T> c = coefficients_of<T>(work, row);
   for_each_vector(s, chunk.size, [&](auto width, int i) {
@@ -602,14 +291,14 @@ __device__ void pull_chunk(const GpuWork& work, const Chunk& chunk, double shrin
     load(raw_w, s.weight, i, pulled);
     load(raw_seen, s.w, i, !pulled);
     load(raw_rest, s.compensation, i, pulled && s.compensation);
-    load(raw_a, s.a, i, pulled && anchored);
+    load(raw_a, s.a, i, pulled && is.anchored);
     load(raw_ema, s.ema, i, bool(s.ema));
     Vector<T, n> w;
     if (pulled) {
       w = s.weights(raw_w, raw_rest);
       const Vector<T, n> a = widened(raw_a, s.a.type);
 #pragma unroll
-      for (int k = 0; k < n; ++k) w.x[k] = project(w.x[k], a.x[k], T(shrink), anchored);
+      for (int k = 0; k < n; ++k) w.x[k] = project(w.x[k], a.x[k], T(shrink), is);
       w = s.store_weights(i, w, true);
     } else {
       w = widened(raw_seen, s.w.type);
@@ -618,26 +307,32 @@ __device__ void pull_chunk(const GpuWork& work, const Chunk& chunk, double shrin
   });
 }
 
-// In thread 0.
-__device__ double shrink_of(const GpuWork& work, const Chunk& chunk, const double* sums) {
-  const Row& row = work.rows[work.tensors[chunk.tensor].row];
-  return row.numbers.coefficients.decay * projection_ratio(projection_sums(sums));
+// By one thread, from a tensor's row of sums.
+__device__ double shrink_of(const GpuWork& work, int tensor, const double* sums) {
+  const Row& row = work.rows[work.tensors[tensor].row];
+  return row.numbers.coefficients.decay * projection_ratio(sums);
 }
 
-// The decision over a tensor all of whose chunks have been updated.
-__device__ void decide(const GpuWork& work, const Chunk& chunk, Span span) {
-  double sums[kProjected];
-  sum_over_chunks(sums, work.projections, span);
-  if (threadIdx.x == 0) {
-    work.shrink[chunk.tensor] = shrink_of(work, chunk, sums);
-    __threadfence();
-    atomicExch(&work.decided[chunk.tensor], 1);
-  }
+// The decision over a tensor all of whose chunks have been updated: by the block that is the last to
+// have done so.
+__device__ void select(const GpuWork& work, int tensor, Span span) {
+  double sums[kSums];
+  sum_over_rows<kProjectedColumns>(sums, work.chunk_sums + span.first, span.count);
+  if (threadIdx.x != 0) return;
+  leave<kProjectedColumns>(work.sums[tensor], sums);
+  work.shrink[tensor] = shrink_of(work, tensor, sums);
+  store_release(&work.decided[tensor], 1);
 }
 
 // Tickets are drawn in order: whoever waits for a decision waits for blocks that are at work.
+__device__ void wait_for(const int32_t* decided) {
+  while (!load_relaxed(decided)) __nanosleep(200);
+  load_acquire(decided);
+}
+
 template <class T, bool measured>
-__global__ void __launch_bounds__(kThreads, measured ? 3 : 4) project_kernel(const GpuWork work) {
+__global__ void __launch_bounds__(kThreads, measured ? 3 : 4)
+    project_kernel(const GpuWork work, const Touch touch) {
   __shared__ int drawn;
   __shared__ double shrink;
   if (skipped(work)) return;
@@ -649,26 +344,29 @@ __global__ void __launch_bounds__(kThreads, measured ? 3 : 4) project_kernel(con
     const Ticket ticket = work.tickets[drawn];
     const Chunk& chunk = work.chunks[ticket.chunk];
     const Span span = work.spans[chunk.tensor];
+    const bool alone = span.count == 1;
 
-    if (!ticket.second_touch) {
-      double sums[kProjected + (measured ? kMeasured : 0)] = {};
-      update_chunk<true, measured, T>(work, chunk, sums);
-      sum_over_block(sums);
-      if (threadIdx.x == 0) {
-        for (int j = 0; j < kProjected; ++j) work.projections[ticket.chunk][j] = sums[j];
-        for (int j = 0; measured && j < kMeasured; ++j)
-          work.measured[ticket.chunk][j] = sums[kProjected + j];
+    if (!ticket.second_touch && touch != Touch::second) {
+      double sums[kSums] = {};
+      update_chunk<true, measured, T>(work, ticket.chunk, sums);
+      if (threadIdx.x == 0)
+        leave<kProjectedColumns>((alone ? work.sums[chunk.tensor] : work.chunk_sums[ticket.chunk]),
+                                 sums);
+      if (alone) {
+        if (threadIdx.x == 0) shrink = shrink_of(work, chunk.tensor, sums);
+      } else if (last_to_arrive(&work.done[chunk.tensor], span.count)) {
+        select(work, chunk.tensor, span);
       }
-      if (span.count > 1) {
-        if (last_to_arrive(&work.done[chunk.tensor], span.count)) decide(work, chunk, span);
-        continue;
+    }
+    if (touch == Touch::first || !(ticket.second_touch || alone)) continue;
+
+    if (threadIdx.x == 0) {
+      if (touch == Touch::second) {
+        shrink = shrink_of(work, chunk.tensor, work.sums[chunk.tensor]);
+      } else if (!alone) {
+        wait_for(&work.decided[chunk.tensor]);
+        shrink = work.shrink[chunk.tensor];
       }
-      if (threadIdx.x == 0) shrink = shrink_of(work, chunk, sums);
-    } else if (threadIdx.x == 0) {
-      const volatile int32_t* decided = &work.decided[chunk.tensor];
-      while (!*decided) __nanosleep(200);
-      __threadfence();
-      shrink = __ldcg(&work.shrink[chunk.tensor]);
     }
     __syncthreads();
     pull_chunk<T>(work, chunk, shrink);
@@ -678,48 +376,43 @@ __global__ void __launch_bounds__(kThreads, measured ? 3 : 4) project_kernel(con
 // ---- telemetry ---------------------------------------------------------------------------------
 
 // A tensor's row of the table, by a block.
-__global__ void __launch_bounds__(kThreads) tell_kernel(const GpuWork work, double* table) {
+__global__ void __launch_bounds__(kThreads)
+    tell_kernel(const GpuWork work, const bool add_up, double* rows) {
   if (skipped(work)) return;
   const int index = blockIdx.x;
+  double* const sums = work.sums[index];
+  if (add_up) {
+    const Span span = work.spans[index];
+    double found[kSums];
+    sum_over_rows<kMeasuredColumns>(found, work.chunk_sums + span.first, span.count);
+    if (threadIdx.x == 0) {
+      leave<columns(kFirstMeasured, kLastMeasured)>(sums, found);
+      // Between phases it stands there already, with other shards' added.
+      if (rows) sums[kGradient2] = found[kGradient2];
+    }
+  }
+  if (!rows || threadIdx.x != 0) return;
   const Row& row = work.rows[work.tensors[index].row];
-  const bool projected = row.hyper.is.decay == Decay::projection;
-  double measured[kMeasured], projection[kProjected];
-  sum_over_chunks(measured, work.measured, work.spans[index]);
-  if (projected) sum_over_chunks(projection, work.projections, work.spans[index]);
-  if (threadIdx.x != 0) return;
-  const ProjectionSums of_projection = projection_sums(projection);
-  const double lr = row.hyper.live_lr.data ? row.hyper.live_lr.get() : row.hyper.lr;
-  write_telemetry(table + int64_t(index) * kTelemetry, measured_sums(measured),
-                  measured[kMeasured - 1], projected ? &of_projection : nullptr, lr, row.hyper,
-                  row.numbers, work.whole ? *work.whole : Whole{});
+  const Number device_lr = row.options.device_lr;
+  write_telemetry(rows + int64_t(index) * kColumns, sums,
+                  device_lr.data ? device_lr.get() : row.options.lr, row.options, row.numbers,
+                  decision_of(work));
 }
 
-// ---- the host's side ---------------------------------------------------------------------------
+// ---- launches ----------------------------------------------------------------------------------
 
-std::string version(int number) {
-  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
-}
-
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // forget it, if it can be forgotten
-  throw std::runtime_error(
-      std::string(what) + " failed: " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) +
-      "). If an earlier kernel, of whatever library, is to blame, CUDA_LAUNCH_BLOCKING=1 names it");
-}
-
-template <class... Arguments>
-void launch(void (*kernel)(Arguments...), int blocks, cuda::Stream stream, const char* what,
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int blocks, cuda::Stream stream, const char* what,
             Arguments... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(kThreads);
   config.stream = static_cast<cudaStream_t>(stream);
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
+  cuda::check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
 }
 
-using Kernel = void (*)(GpuWork);
-
+// The one of a kernel's instances that a step takes.
+template <class Kernel>
 Kernel chosen(const GpuWork& work, Kernel of_float, Kernel of_double, Kernel of_float_measured,
               Kernel of_double_measured) {
   if (work.type == DType::float32) return work.measured ? of_float_measured : of_float;
@@ -731,56 +424,20 @@ Kernel chosen(const GpuWork& work, Kernel of_float, Kernel of_double, Kernel of_
 template <class... Kernels>
 void preload(Kernels... kernels) {
   cudaFuncAttributes attributes;
-  (check(cudaFuncGetAttributes(&attributes, kernels), "loading a kernel"), ...);
+  (cuda::check(cudaFuncGetAttributes(&attributes, kernels), "loading a kernel"), ...);
 }
 
 }  // namespace
 
 namespace cuda {
 
-int toolkit() { return CUDART_VERSION; }
-
-std::vector<int> architectures() {
-#ifdef __CUDA_ARCH_LIST__
-  std::vector<int> list{__CUDA_ARCH_LIST__};
-  for (int& each : list) each /= 10;
-  return list;
-#else
-  return {};
-#endif
-}
-
-std::string refusal(int device) {
-  int driver = 0;
-  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
-    return "there is no NVIDIA driver";
-  int before;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
+cudaError_t ask_for_code() {
   cudaFuncAttributes attributes;
-  if (error == cudaSuccess) {
-    error = cudaFuncGetAttributes(&attributes, update_kernel<float, false>);
-    cudaSetDevice(before);
-  }
-  cudaGetLastError();
-  if (error == cudaErrorInsufficientDriver)
-    return "the driver, for CUDA " + version(driver) +
-           ", is too old for this build, made with CUDA " + version(toolkit()) +
-           ": update the driver, or install a build for an older CUDA";
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
-    int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    const std::string chip = std::to_string(major) + std::to_string(minor);
-    return "this build has no code for compute capability " + std::to_string(major) + "." +
-           std::to_string(minor) + ": build it with WDK_CUDA_ARCHS=" + chip;
-  }
-  if (error != cudaSuccess) return std::string("CUDA says: ") + cudaGetErrorString(error);
-  return "";
+  return cudaFuncGetAttributes(&attributes, update_kernel<float, false>);
 }
 
 int resident_blocks(int device) {
-  preload(prepare_kernel, reduce_kernel, tell_kernel);
+  preload(decide_kernel, reduce_kernel, tell_kernel);
   preload(update_kernel<float, false>, update_kernel<float, true>, update_kernel<double, false>,
           update_kernel<double, true>);
   preload(project_kernel<float, false>, project_kernel<float, true>, project_kernel<double, false>,
@@ -794,28 +451,17 @@ int resident_blocks(int device) {
   return processors * blocks;
 }
 
-OnDevice::OnDevice(int device) {
-  check(cudaGetDevice(&before_), "asking for the current device");
-  if (device != before_) check(cudaSetDevice(device), "choosing a device");
-}
-
-OnDevice::~OnDevice() {
-  int now;
-  if (cudaGetDevice(&now) == cudaSuccess && now != before_) cudaSetDevice(before_);
-}
-
-void clear(void* memory, size_t bytes, Stream stream) {
-  check(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)), "clearing a table");
-}
-
-void prepare(const GpuWork& work, const Request& request, Stream stream) {
-  launch(prepare_kernel, (std::max(work.n_rows, 1) + kThreads - 1) / kThreads, stream,
-         "counting the step", work, request);
-}
-
-void reduce(const GpuWork& work, const Request& request, Reduction what, int blocks,
+void reduce(const GpuWork& work, const Request& request, Round round, bool decides, int blocks,
             Stream stream) {
-  launch(reduce_kernel, blocks, stream, "the sum over the gradients", work, request, what);
+  launch(reduce_kernel, blocks, stream, "the sum over the gradients", work, request, round,
+         decides);
+}
+
+// One block, if sums are read.
+void decide(const GpuWork& work, const Request& request, Round round, Stream stream) {
+  const bool sums = request.needs_norm() || round.mean_v;
+  const int blocks = sums ? 1 : (std::max(work.n_rows, 1) + kThreads - 1) / kThreads;
+  launch(decide_kernel, blocks, stream, "counting the step", work, request, round);
 }
 
 void update(const GpuWork& work, int blocks, Stream stream) {
@@ -824,14 +470,14 @@ void update(const GpuWork& work, int blocks, Stream stream) {
          blocks, stream, "the optimizer's step", work);
 }
 
-void project(const GpuWork& work, int blocks, Stream stream) {
+void project(const GpuWork& work, Touch touch, int blocks, Stream stream) {
   launch(chosen(work, project_kernel<float, false>, project_kernel<double, false>,
                 project_kernel<float, true>, project_kernel<double, true>),
-         blocks, stream, "the optimizer's step", work);
+         blocks, stream, "the optimizer's step", work, touch);
 }
 
-void tell(const GpuWork& work, double* table, Stream stream) {
-  launch(tell_kernel, work.n_tensors, stream, "telemetry", work, table);
+void tell(const GpuWork& work, bool add_up, double* rows, Stream stream) {
+  launch(tell_kernel, work.n_tensors, stream, "telemetry", work, add_up, rows);
 }
 
 }  // namespace cuda

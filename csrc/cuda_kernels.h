@@ -8,20 +8,17 @@
 
 namespace wdk {
 
-// A piece of work that one block takes at a time, in this order: an SPD tensor's second touch stands
-// behind the step of all its chunks.
+// A piece of work that one block takes at a time, in this order (touches.h). A tensor of one chunk has
+// no second touch: the block that updates it decides over it and pulls it at once.
 struct Ticket {
   int32_t chunk;
   bool second_touch;
 };
 
-// Chunks of a tensor.
+// A tensor's chunks.
 struct Span {
   int32_t first, count;
 };
-
-// Sums of a chunk: the fields of ProjectionSums; those of MeasuredSums, and g^2.
-constexpr int kProjected = 3, kMeasured = 7;
 
 // All tables are in device memory.
 struct GpuWork {
@@ -32,9 +29,10 @@ struct GpuWork {
   Row* rows;
   int32_t n_tensors;
   int32_t n_rows;
-  double elements;
+  double total;  // elements of all tensors, of which these may be shards
 
-  // Those of the tensors that are computed in one type; `reduce` takes all chunks.
+  // What a launch takes: `reduce` all chunks, the others those of the tensors that are computed in one
+  // type.
   DType type;
   int32_t first_chunk, last_chunk;
   int32_t first_ticket, last_ticket;
@@ -45,20 +43,24 @@ struct GpuWork {
   int32_t* decided;      // per tensor: whether shrink is there
   int32_t* blocks_done;
 
-  Whole* whole;                       // null: nothing is asked of the step as a whole
-  double (*sums)[1];                  // per chunk: what `reduce` found
-  double* totals;                     // per tensor: the same
-  double (*projections)[kProjected];  // per chunk: what the step found
-  double (*measured)[kMeasured];      // likewise; null if nobody asks
-  double* shrink;                     // per tensor: SPD's lambda r
+  bool measured;                // for telemetry
+  Decision* decision;           // null: nothing has to be decided
+  double (*chunk_sums)[kSums];  // what a kernel has summed over a chunk
+  double (*sums)[kSums];        // per tensor: the table of the step
+  double* shrink;               // per tensor: SPD's lambda r
 };
 
-// What `reduce` sums, and what becomes of it.
-struct Reduction {
-  bool first;   // g^2, for the numbers of the whole step; else these are known
-  bool maxima;  // of tensors with amsgrad the vmax that the step will have
-  bool stable;  // for SWD's V
+// A round of sums over the gradients, and what is decided behind it.
+struct Round {
+  bool first;    // of the step: nothing has been decided yet
+  bool squares;  // g^2 is summed, of tensors whose maxima are not
+  bool maxima;   // the vmax that the step will have is summed, of tensors that have one
+  bool mean_v;   // SWD's V is decided
 };
+
+// Which touches of SPD a launch makes: a tensor's second one right behind its first, as tickets have it,
+// or one of the two.
+enum class Touch { both, first, second };
 
 namespace cuda {
 
@@ -88,14 +90,20 @@ class OnDevice {
 // Each throws std::runtime_error if it could not be launched. `blocks`: at most resident_blocks.
 void clear(void* memory, size_t bytes, Stream stream);
 
-// Numbers that only the device knows: of the whole step, and of rows whose steps are counted there.
-// One of the two, before the step: `prepare` where nothing has to be summed for them.
-void prepare(const GpuWork& work, const Request& request, Stream stream);
-void reduce(const GpuWork& work, const Request& request, Reduction what, int blocks, Stream stream);
+// Each tensor's sums over its gradient, into the table of sums. `decides`: the last block does what
+// `decide` would do.
+void reduce(const GpuWork& work, const Request& request, Round round, bool decides, int blocks,
+            Stream stream);
+// Numbers that only the device knows: what all tensors share, and rows whose steps are counted there.
+void decide(const GpuWork& work, const Request& request, Round round, Stream stream);
 
+// The step. If it is measured, telemetry's sums are left for each chunk; SPD's are in the table.
 void update(const GpuWork& work, int blocks, Stream stream);
-void project(const GpuWork& work, int blocks, Stream stream);  // SPD: the step and its second touch
-void tell(const GpuWork& work, double* table, Stream stream);  // telemetry, after a measured step
+void project(const GpuWork& work, Touch touch, int blocks, Stream stream);
+
+// Telemetry. `add_up`: a measured step's sums over chunks, into the table of sums. `rows`: the table is
+// written to these; may be null.
+void tell(const GpuWork& work, bool add_up, double* rows, Stream stream);
 
 }  // namespace cuda
 

@@ -7,7 +7,7 @@
 
 #include "cpu_step.h"
 #ifdef WDK_CUDA
-#include "gpu_step.h"
+#include "torch_memory.h"
 #endif
 
 namespace wdk {
@@ -68,7 +68,7 @@ Plan::Plan(py::dict state, py::list groups, int32_t device, py::object memory)
   if (memory.is_none()) loops_ = std::make_unique<CpuStep>();
 #ifdef WDK_CUDA
   else
-    loops_ = std::make_unique<GpuStep>(device, std::move(memory));
+    loops_ = std::make_unique<GpuStep>(device, torch_memory(std::move(memory)));
 #endif
   if (!loops_) throw std::invalid_argument("this module was built without CUDA");
   for (py::handle group : groups_)
@@ -152,7 +152,9 @@ void Plan::add_streams(Parameter& p, const py::dict& streams) {
     entry->wraps = !entry->value.is(value);
     entry->data = address(view);
     entry->dtype = *dtype(view);
-    role->set(p, entry->data, entry->dtype);
+    // A stream of no elements has no address, and yet there is one.
+    static double nothing;
+    role->set(p, entry->data ? entry->data : &nothing, entry->dtype);
   }
 }
 

@@ -1,6 +1,6 @@
 """The module's GPU half without a GPU: csrc/cuda.cu compiled for the CPU, on CPU tensors.
 
-What it cannot show is what only the device knows: its memory model, its speed, its compiler.
+What it cannot show is what only the device knows: its speed, its compiler.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -24,16 +23,11 @@ from unittest import mock
 
 import torch
 
-from wdkernels import native
-from wdkernels.coefficients import Hyper
-from wdkernels.optim import _Adam
+from wdkernels import groups, native
+from wdkernels.options import GroupOptions, from_group
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [
-    *(ROOT / "csrc" / f"{name}.cpp" for name in ("bind", "plan", "tensor", "gpu_step")),
-    *(ROOT / "csrc" / f"{name}.cpp" for name in ("cpu_step", "cpu", "dispatch")),
-    ROOT / "csrc" / "cuda.cu",
-]
+SOURCES = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc").glob("*.cu")]
 # A GPU takes no vector that is not aligned: here such an access ends the process.
 ALIGNMENT = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
@@ -105,13 +99,13 @@ class Machine:
         return self.stream, self.capturing
 
 
-_hyper = _Adam._hyper
+_read = groups.read
 
 
-def hyper(self: _Adam, group: dict[str, Any], index: int) -> Hyper:
+def read(method: str, group: dict[str, Any], index: int, on_device: bool) -> GroupOptions:
     """Steps that may be skipped are counted where that is known: for tensors of a GPU, there."""
-    found = _hyper(self, group, index)
-    return replace(found, live=found.live or {}) if self.skip_nonfinite or self._scaled else found
+    found = _read(method, group, index, on_device)
+    return from_group(method, group, on_device=True) if on_device else found
 
 
 def calls(name: str) -> int:
@@ -124,7 +118,7 @@ def gpu() -> Iterator[Machine]:
     """In here the native backend takes CPU tensors for tensors of a GPU."""
     machine = Machine()
     with (
-        mock.patch.object(_Adam, "_hyper", hyper),
+        mock.patch.object(groups, "read", read),
         mock.patch.object(native, "_C", module()),
         mock.patch.object(native, "_is_gpu", return_value=True),
         mock.patch.object(native, "_stream_of", machine.stream_of),

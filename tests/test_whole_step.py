@@ -511,7 +511,7 @@ def test_averages_of_a_state_dict_without_them(backend: str, known: bool) -> Non
     train(plain, params, range(2, 3))
     checkpoint = saved(plain.state_dict())
     if not known:
-        del checkpoint["param_groups"][0]["ema_decay"]
+        del checkpoint["param_groups"][0]["method"]
     optimizer = wd.AdamW(params, lr=0.1, backend=backend, ema_decay=0.5)
     train(optimizer, params, range(3, 4))
     optimizer.load_state_dict(checkpoint)
@@ -684,7 +684,11 @@ def recount(
             own = {"selected": float(fires), "ratio": r}
             selected += fires
         else:
-            relative = {"lr": lr, "relative_lr": lr / lr_max, "corrected": lr**2 / lr_max}
+            relative = {
+                "lr": lr,
+                "relative_lr": lr / (lr_max or lr),
+                "corrected": lr**2 / (lr_max or lr),
+            }
             rate *= relative[group["decay_scale"]]
             if method == "swd":
                 rate = rate / math.sqrt(mean_v)

@@ -1,77 +1,26 @@
 """The compiled module (csrc/bind.cpp)."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from wdkernels.device_memory import DeviceMemory
 
-class Decay:
-    l2: Decay
-    unmixed: Decay
-    decoupled: Decay
-    projection: Decay
+class GroupOptions:
+    """The fields of csrc/options.h; enumerations are set by name, schedules as two factors."""
 
-class DecayScale:
-    lr: DecayScale
-    relative_lr: DecayScale
-    corrected: DecayScale
-
-class ScheduleKind:
-    constant: ScheduleKind
-    window: ScheduleKind
-    linear: ScheduleKind
-    cosine: ScheduleKind
-
-class Schedule:
-    def __init__(self, *, kind: ScheduleKind, start: float, end: float, steps: float) -> None: ...
-
-class Rounding:
-    nearest: Rounding
-    stochastic: Rounding
-    kahan: Rounding
-
-class Hyper:
-    def __init__(
-        self,
-        *,
-        decay: Decay,
-        stable: bool,
-        anchored: bool,
-        amsgrad: bool,
-        cautious: bool,
-        maximize: bool,
-        lr: float,
-        lr_max: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        decay_scale: DecayScale,
-        schedule: list[Schedule],
-        rounding: Rounding,
-        master: bool,
-        seed: int,
-        averaged: bool,
-        ema_decay: float,
-        ema_schedule: list[Schedule],
-        counted: bool,
-        live_lr: Tensor | None,
-        live_weight_decay: Tensor | None,
-    ) -> None: ...
+    def __setattr__(self, name: str, value: Any, /) -> None: ...
 
 class Request:
-    def __init__(
-        self,
-        *,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        max_norm: float,
-        skip_nonfinite: bool,
-        grad_norm: Tensor | None,
-        skipped: Tensor | None,
-        telemetry: Tensor | None,
-    ) -> None: ...
+    """The fields of csrc/options.h, which are those of wdkernels.plan.Request."""
+
+    def __setattr__(self, name: str, value: Any, /) -> None: ...
+
+class Gathered:
+    irregular: list[int]
+    def __len__(self) -> int: ...
+    def set_gradient(self, position: int, gradient: Tensor) -> None: ...
 
 class Plan:
     def __init__(
@@ -88,15 +37,37 @@ class Plan:
         parameter: Tensor,
         weight: Tensor,
         state: dict[str, Any] | None,
+        streams: Mapping[str, Tensor],
+        storage: str,
         group: int,
         index: int,
+        total: int,
+        numbering: Sequence[int],
     ) -> None: ...
-    def set_hyper(self, group: int, hyper: Hyper) -> None: ...
-    def gather(
-        self, state: dict[Tensor, Any], groups: list[dict[str, Any]]
-    ) -> list[int] | None: ...
-    def set_gradient(self, position: int, gradient: Tensor) -> None: ...
-    def step(self, *, request: Request, stream: int, capturing: bool) -> list[Tensor]: ...
+    def set_options(self, group: int, options: GroupOptions) -> None: ...
+    def set_number(self, group: int, name: str, value: float) -> None: ...
+    def gather(self, state: dict[Tensor, Any], groups: list[dict[str, Any]]) -> Gathered | None: ...
+    def step(
+        self,
+        gathered: Gathered,
+        request: Request,
+        sums: Tensor | None,
+        stream: int,
+        capturing: bool,
+    ) -> list[Tensor]: ...
+    def begin(
+        self,
+        gathered: Gathered,
+        request: Request,
+        sums: Tensor | None,
+        stream: int,
+        capturing: bool,
+    ) -> int: ...
+    def reduce(self, round: int) -> None: ...
+    def decide(self, round: int) -> bool: ...
+    def update(self) -> list[Tensor]: ...
+    def finish(self) -> None: ...
+    def end(self) -> None: ...
 
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from wdkernels import layouts
-from wdkernels.coefficients import Hyper, factors
+from wdkernels.coefficients import average_factors, factors
 from wdkernels.device_memory import DeviceMemory
-from wdkernels.plan import Parameter, Request, Weights
+from wdkernels.options import GroupOptions
+from wdkernels.plan import Parameter, Phases, Request, Weights
+from wdkernels.sums import SUMS
 
 try:
     import wdkernels._C as _C
@@ -59,107 +61,167 @@ class Plan:
     def __init__(
         self,
         parameters: Sequence[Parameter],
-        hypers: Sequence[Hyper],
+        options: Sequence[GroupOptions],
         state: dict[Tensor, Any],
         param_groups: list[dict[str, Any]],
     ) -> None:
         self._weights = Weights(parameters)
         self._device = parameters[0].tensor.device if parameters else torch.device("cpu")
         self._on_gpu = _is_gpu(self._device)
+        self._options = list(options)  # the core reads their tensors' memory
+        self._method_sums = any(each.method in ("swd", "spd") for each in options)
         self._core = _C.Plan(
             state=state,
             groups=param_groups,
             device=self._device.index or 0,
             memory=DeviceMemory(self._device) if self._on_gpu else None,
         )
-        for index, hyper in enumerate(hypers):
-            self.set_hyper(index, hyper)
+        for group, each in enumerate(options):
+            self.set_options(group, each)
         for position, p in enumerate(parameters):
             self._core.add_parameter(
                 parameter=p.tensor,
-                weight=self._weights[position],
+                weight=layouts.local(self._weights[position]),
                 state=p.state,
+                streams=p.streams,
+                storage=p.storage,
                 group=p.group,
                 index=p.position,
+                total=p.total,
+                numbering=p.numbering,
             )
 
-    def set_hyper(self, group: int, hyper: Hyper) -> None:
+    def set_options(self, group: int, options: GroupOptions) -> None:
         """Numbers may change; what decides over the streams that are read may not."""
-        self._core.set_hyper(group, _hyper(hyper))
+        self._options[group] = options
+        self._core.set_options(group, _options(options))
+
+    def set_number(self, group: int, name: str, value: float) -> None:
+        """One of the options that are plain numbers, for less than `set_options` costs."""
+        self._core.set_number(group, name, value)
 
     def step(
         self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]], request: Request
     ) -> bool:
         """One optimizer step; False, with nothing done, if the plan is out of date."""
-        stream, capturing = _stream_of(self._device) if self._on_gpu else (0, False)
+        gathered = self._gather(state, param_groups)
+        if gathered is None:
+            return False
+        needs_sums = (
+            self._method_sums or request.grad_norm is not None or request.telemetry is not None
+        )
+        sums = self._empty_sums(gathered) if needs_sums else None
+        updated = self._core.step(gathered, _request(request), sums, *self._stream())
+        _increment_versions(updated)
+        self._weights.store()
+        return True
+
+    def begin(
+        self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]], request: Request
+    ) -> Phases | None:
+        """The same step, to be taken phase by phase; None if the plan is out of date."""
+        gathered = self._gather(state, param_groups)
+        if gathered is None:
+            return None
+        sums = self._empty_sums(gathered)
+        reductions = self._core.begin(gathered, _request(request), sums, *self._stream())
+        return _Phases(self._core, self._weights, request, sums, reductions)
+
+    def _gather(self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]]) -> Any:
+        """The gradients, each in the order of its weight; None if the plan is out of date."""
         # Steps may be counted on the device without: a graph would repeat the host's lr and decay.
-        if capturing and not all(group["capturable"] for group in param_groups):
+        if self._stream()[1] and not all(group["capturable"] for group in param_groups):
             raise RuntimeError(
                 "a CUDA graph is being captured, which a step can only join if every param group "
                 "has capturable=True"
             )
-        irregular = self._core.gather(state, param_groups)
-        if irregular is None:
-            return False
-        gradients = [(position, self._weights.gradient(position)) for position in irregular]
+        gathered = self._core.gather(state, param_groups)
+        if gathered is None:
+            return None
+        gradients = [
+            (position, self._weights.gradient(position)) for position in gathered.irregular
+        ]
         for position, gradient in gradients:
-            self._core.set_gradient(position, gradient)
+            gathered.set_gradient(position, gradient)
         self._weights.load()
-        updated = self._core.step(request=_request(request), stream=stream, capturing=capturing)
-        # Autograd must know, as of any in-place operation, that saved weights are out of date.
-        torch.autograd.graph.increment_version(updated)
+        return gathered
+
+    def _stream(self) -> tuple[int, bool]:
+        return _stream_of(self._device) if self._on_gpu else (0, False)
+
+    def _empty_sums(self, gathered: Any) -> Tensor:
+        return torch.empty(len(gathered), len(SUMS), dtype=torch.float64, device=self._device)
+
+
+class _Phases:
+    """One step of a plan in phases. No other one begins until it is finished, skipped or dropped."""
+
+    def __init__(
+        self, core: Any, weights: Weights, request: Request, sums: Tensor, reductions: int
+    ) -> None:
+        self.sums = sums
+        self.reductions = reductions
+        self._core = core
+        self._weights = weights
+        self._request = request  # whose tensors' memory the core writes
+        self._ended = False
+
+    def reduce(self, round: int) -> None:
+        self._core.reduce(round)
+
+    def decide(self, round: int) -> bool:
+        proceed: bool = self._core.decide(round)
+        if not proceed:
+            self._end()
+        return proceed
+
+    def update(self) -> None:
+        _increment_versions(self._core.update())
+
+    def finish(self) -> None:
+        self._core.finish()
+        self._end()
         self._weights.store()
-        return True
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._core.end()
+
+    def __del__(self) -> None:
+        self._end()
 
 
-def _hyper(h: Hyper) -> Any:
-    decay = {"swd": "decoupled", "spd": "projection"}.get(h.method, h.method)
-    live = h.live or {}
-    ema_decay, ema_schedule = (
-        (1.0, h.ema_decay) if isinstance(h.ema_decay, dict) else (h.ema_decay, None)
-    )
-    return _C.Hyper(
-        decay=getattr(_C.Decay, decay),
-        stable=h.method == "swd",
-        anchored=h.anchored,
-        amsgrad=h.amsgrad,
-        cautious=h.cautious,
-        maximize=h.maximize,
-        lr=h.lr,
-        lr_max=h.lr_max,
-        beta1=h.beta1,
-        beta2=h.beta2,
-        eps=h.eps,
-        weight_decay=h.weight_decay,
-        decay_scale=getattr(_C.DecayScale, h.decay_scale),
-        schedule=_schedules(h.decay_schedule),
-        rounding=getattr(_C.Rounding, h.rounding),
-        master=h.master_weights,
-        seed=h.seed,
-        averaged=h.ema_decay is not None,
-        ema_decay=1.0 if ema_decay is None else ema_decay,
-        ema_schedule=_schedules(ema_schedule),
-        counted=h.live is not None,
-        live_lr=live.get("lr"),
-        live_weight_decay=live.get("weight_decay"),
-    )
+def _increment_versions(updated: list[Tensor]) -> None:
+    """Autograd must know, as of any in-place operation, that saved weights are out of date."""
+    torch.autograd.graph.increment_version(updated)
 
 
-def _schedules(schedule: Any) -> list[Any]:
-    """As a product of two."""
-    return [
-        _C.Schedule(kind=getattr(_C.ScheduleKind, kind), start=start, end=end, steps=steps)
-        for kind, start, end, steps in factors(schedule)
-    ]
+# Options that have the same name and meaning in the core.
+_SAME = (
+    *("cautious", "maximize", "lr", "lr_max", "beta1", "beta2", "eps", "weight_decay", "seed"),
+    "decay_scale",
+)
+_DECAYS = {"swd": "decoupled", "spd": "projection"}
+
+
+def _options(o: GroupOptions) -> Any:
+    found = _C.GroupOptions()
+    for name in _SAME:
+        setattr(found, name, getattr(o, name))
+    found.decay = _DECAYS.get(o.method, o.method)
+    found.swd = o.method == "swd"
+    found.decay_schedule = factors(o.decay_schedule)
+    found.ema_decay, found.ema_schedule = average_factors(o)
+    found.counted_on_device = o.device_numbers is not None
+    for name, tensor in (o.device_numbers or {}).items():
+        setattr(found, f"device_{name}", tensor)
+    return found
 
 
 def _request(r: Request) -> Any:
-    return _C.Request(
-        grad_scale=r.grad_scale,
-        found_inf=r.found_inf,
-        max_norm=r.max_grad_norm,
-        skip_nonfinite=r.skip_nonfinite,
-        grad_norm=r.grad_norm,
-        skipped=r.skipped,
-        telemetry=r.telemetry,
-    )
+    found = _C.Request()
+    for name, value in zip(r._fields, r, strict=True):
+        if value is not None:
+            setattr(found, name, value)
+    return found

@@ -248,8 +248,7 @@ class _Adam(torch.optim.Optimizer):
         )
         for i, _, _, p in every:  # the first thing written, so after all checks
             if p.grad is not None or self.state.get(p):
-                copies = state.complete(p, self.state[p], options[i], run.given.pop(p, None))
-                run.copies += [(p, name) for name in copies]
+                self._complete_state(p, options[i])
         parameters = groups.as_parameters(self.param_groups, self.state, options)
         if backend is None:
             reference.step(reference.grouped(parameters, options), request)
@@ -258,6 +257,16 @@ class _Adam(torch.optim.Optimizer):
         if not plan.step(self.state, self.param_groups, request):
             raise RuntimeError("tensors changed while the step was being prepared")
         run.plan = plan
+
+    def _complete_state(self, p: Tensor, options: GroupOptions) -> None:
+        copies = state.complete(p, self.state[p], options, self._run.given.pop(p, None))
+        self._run.copies += [(p, name) for name in copies]
+
+    def _complete_states(self) -> None:
+        options = [self._read(group, i) for i, group in enumerate(self.param_groups)]
+        for i, _, _, p in groups.parameters(self.param_groups):
+            if groups.learns(p):
+                self._complete_state(p, options[i])
 
     def _renew(self) -> None:
         """Copies of weights that have not moved since: a model may have been loaded meanwhile."""
@@ -360,6 +369,8 @@ class _Adam(torch.optim.Optimizer):
         Groups hold the options that differ from their defaults.
         """
         self._refuse_swapped("state_dict()")
+        if self._run.given:  # which would be lost; but either all states exist or none
+            self._complete_states()
         self._renew()
         found = super().state_dict()
         found["param_groups"] = [

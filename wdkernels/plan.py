@@ -1,8 +1,8 @@
 """What every backend is given, and what it must be able to do.
 
-A backend is a module with two things: `refuses(tensors)`, why it cannot update these tensors or None,
-and `Plan`, below. It sees plain tensors of one process: those of a DTensor are its local shard, and
-`Numbering` says which of the whole tensor's elements they are.
+A backend is a module with two things: `refuses(tensors)`, why it cannot update these tensors or
+None, and `Plan`, below. It sees plain tensors of one process: those of a DTensor are its local shard,
+and `Numbering` says which of the whole tensor's elements they are.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@
 // - Addresses are the host's. A stray access is a segmentation fault, or for -fsanitize=address.
 // - __shared__ memory starts with what the block before left behind: not with zeros.
 // - A lane that is not there, or does not take part, is shuffled as all ones: NaN, or -1.
-// - A forgotten __threadfence() does not show, nor do too many registers.
+// - Atomics have the orders that CUDA gives them, barriers order a block's threads, and nothing else
+//   does: g++ -fsanitize=thread judges all accesses by that (watch.h). __threadfence() it does not
+//   understand, so there is none. Nor do too many registers show.
 // - As with CUDA, a process that has launched something must not fork and launch again.
 //
 // wdk_emulate_failure("cudaLaunchKernelEx", 1, cudaErrorIllegalAddress) makes the second launch from
@@ -52,13 +54,6 @@
 #define __shared__ static thread_local  // of the OS thread, hence of the block
 #define __builtin_assume(condition) static_cast<void>(0)
 
-// clang-format off
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(16) double2 { double x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-// clang-format on
-
 namespace emulated {
 
 template <class T>
@@ -76,7 +71,7 @@ T shuffle(const char* name, unsigned mask, T value, int source) {
   return value;
 }
 
-// Atomics order nothing else, as on the device. The others have their turn first, so that a loop of
+// Atomics order nothing else, as on the device: those that do are below. The others have their turn first, so that a loop of
 // atomics ends.
 template <class T, class Change>
 T atomically(T* address, const Change& change) {
@@ -114,7 +109,6 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
   return emulated::shuffle(__func__, mask, value, source < 32 ? source : lane);
 }
 
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void __nanosleep(unsigned) { emulated::Block::current->yield(); }
 
 template <class T>
@@ -129,10 +123,6 @@ template <class T>
 T atomicMax(T* address, emulated::Same<T> value) {
   return emulated::atomically(address, [=](T before) { return before < value ? value : before; });
 }
-template <class T>
-T atomicExch(T* address, emulated::Same<T> value) {
-  return emulated::atomically(address, [=](T) { return value; });
-}
 
 inline bool __isGlobal(const void*) { return true; }
 
@@ -141,21 +131,24 @@ T __ldg(const T* address) {
   return *address;
 }
 template <class T>
-T __ldcs(const T* address) {
-  return *address;
-}
-template <class T>
-T __ldcg(const T* address) {
-  std::atomic_signal_fence(std::memory_order_seq_cst);  // loaded anew, in a loop too
-  return *address;
-}
-template <class T>
-void __stcs(T* address, emulated::Same<T> value) {
-  *address = value;
-}
-template <class T>
 void __stcg(T* address, emulated::Same<T> value) {
   *address = value;
+}
+
+// ---- csrc/cuda_order.h -------------------------------------------------------------------------
+
+inline int32_t add_acquire_release(int32_t* address, int32_t value) {
+  emulated::Block::current->yield();
+  return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
+}
+inline void store_release(int32_t* address, int32_t value) {
+  __atomic_store_n(address, value, __ATOMIC_RELEASE);
+}
+inline int32_t load_acquire(const int32_t* address) {
+  return __atomic_load_n(address, __ATOMIC_ACQUIRE);
+}
+inline int32_t load_relaxed(const int32_t* address) {
+  return __atomic_load_n(address, __ATOMIC_RELAXED);
 }
 
 // ---- errors ------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda_order.h"
+
 extern "C" void wdk_emulate_failure(const char* call, int passing, int error);
 
 namespace {
@@ -90,12 +92,9 @@ __global__ void tickets(int n, int* next, int* ready, double* value) {
     __syncthreads();
     if (drawn >= n) return;
     if (threadIdx.x == 0) {
-      const volatile int* before = &ready[drawn];
-      while (!*before) __nanosleep(100);
-      __threadfence();
-      value[drawn + 1] = __ldcg(&value[drawn]) * 0.5 + drawn;
-      __threadfence();
-      atomicExch(&ready[drawn + 1], 1);
+      while (!load_acquire(&ready[drawn])) __nanosleep(100);
+      value[drawn + 1] = value[drawn] * 0.5 + drawn;
+      store_release(&ready[drawn + 1], 1);
     }
   }
 }

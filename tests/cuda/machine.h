@@ -21,6 +21,8 @@
 #include <thread>
 #include <vector>
 
+#include "watch.h"
+
 struct uint3 {
   unsigned x, y, z;
 };
@@ -53,7 +55,7 @@ class Block {
  public:
   static inline thread_local Block* current;
 
-  void run(Grid& grid, unsigned index) {
+  WDK_UNWATCHED void run(Grid& grid, unsigned index) {
     grid_ = &grid;
     current = this;
     blockIdx = {index, 0, 0};
@@ -69,37 +71,51 @@ class Block {
     std::seed_seq seed{grid.seed ? std::atoi(grid.seed) : 0, int(index)};
     std::minstd_rand random(seed);
     watched_since_ = Clock::now();
+    scheduler_watched_ = watch::current();
+    watch::release(&begin_);
     while (live_) {
       if (grid.seed) std::shuffle(order.begin(), order.end(), random);
       bool ran = false;
       busy_ = false;
       for (unsigned i : order) {
-        if (fibers_[i].finished || fibers_[i].waits_at) continue;
+        Fiber& fiber = fibers_[i];
+        if (fiber.finished || fiber.waits_at) continue;
         ran = true;
         running_ = i;
         threadIdx = {i, 0, 0};
-        swapcontext(&scheduler_, &fibers_[i].context);
+        watch::enter(fiber.watched);
+        swapcontext(&scheduler_, &fiber.context);
       }
       if (!ran) fail("all threads wait, but not for the same: " + waiting());
       if (busy_)
-        ++grid.progress;
+        grid.progress.fetch_add(1, std::memory_order_relaxed);
       else
         idle();
     }
+    watch::acquire(&end_);
   }
 
   // The others have a turn.
-  void yield() { swapcontext(&fibers_[running_].context, &scheduler_); }
+  WDK_UNWATCHED void yield() {
+    Fiber& fiber = fibers_[running_];
+    watch::enter(scheduler_watched_);
+    swapcontext(&fiber.context, &scheduler_);
+  }
 
-  void barrier(const char* name) {
+  // It orders what comes before it and what comes behind. The next one has another place: a thread that
+  // is there already has not been waited for here.
+  WDK_UNWATCHED void barrier(const char* name) {
+    char* const place = &barriers_[barriers_passed_ % 2];
     wait_at(name);
     ++at_barrier_;
+    watch::release(place);
     try_barrier();
     yield();
+    watch::acquire(place);
   }
 
   // Waits for the other lanes of the mask; the value that lane `source` brought along.
-  uint64_t exchange(const char* name, unsigned mask, uint64_t value, int source) {
+  WDK_UNWATCHED uint64_t exchange(const char* name, unsigned mask, uint64_t value, int source) {
     Fiber& fiber = fibers_[running_];
     if (!(mask >> running_ % kWarp & 1)) fail(std::string(name) + ": the mask lacks the caller");
     wait_at(name);
@@ -117,6 +133,7 @@ class Block {
   struct Fiber {
     std::unique_ptr<char[]> stack{new char[kStack]};  // not cleared: what is not used costs nothing
     ucontext_t context;
+    void* const watched = watch::create();
     bool finished = true;
     const char* waits_at = nullptr;  // null: it can run
 
@@ -136,15 +153,17 @@ class Block {
   };
 
   // A fiber's life: a thread of one block after the other.
-  static void live() {
+  WDK_UNWATCHED static void live() {
     for (;;) {
+      watch::acquire(&current->begin_);
       current->grid_->kernel();
       current->finish();
     }
   }
 
   // Who has left is not waited for.
-  void finish() {
+  WDK_UNWATCHED void finish() {
+    watch::release(&end_);
     busy_ = true;
     fibers_[running_].finished = true;
     --live_;
@@ -155,27 +174,28 @@ class Block {
     yield();
   }
 
-  void wait_at(const char* name) {
+  WDK_UNWATCHED void wait_at(const char* name) {
     busy_ = true;
     fibers_[running_].waits_at = name;
     fibers_[running_].mask = 0;
   }
 
-  void try_barrier() {
+  WDK_UNWATCHED void try_barrier() {
     if (at_barrier_ < live_) return;
     at_barrier_ = 0;
+    ++barriers_passed_;
     for (unsigned i = 0; i < blockDim.x; ++i) fibers_[i].waits_at = nullptr;
   }
 
   // A lane of the running thread's warp; null if it has left, or never was.
-  Fiber* in_warp(unsigned lane) {
+  WDK_UNWATCHED Fiber* in_warp(unsigned lane) {
     const unsigned i = running_ / kWarp * kWarp + lane;
     return i < blockDim.x && !fibers_[i].finished ? &fibers_[i] : nullptr;
   }
 
   // If all lanes of its mask are where this one is, they get their values: all at once, for the first
   // to run on may be at the next shuffle before the last has run.
-  void try_exchange(const Fiber& one) {
+  WDK_UNWATCHED void try_exchange(const Fiber& one) {
     const char* const name = one.waits_at;
     const unsigned mask = one.mask;
     Fiber* lanes[kWarp] = {};
@@ -196,7 +216,8 @@ class Block {
   void idle() {
     std::this_thread::yield();
     const auto now = Clock::now();
-    if (const uint64_t progress = grid_->progress; progress != seen_) {
+    if (const uint64_t progress = grid_->progress.load(std::memory_order_relaxed);
+        progress != seen_) {
       seen_ = progress;
       watched_since_ = now;
     } else if (now - watched_since_ > kPatience) {
@@ -228,6 +249,9 @@ class Block {
   std::deque<Fiber> fibers_;  // kept for the next block; a context must not move
   ucontext_t scheduler_;
   unsigned running_, live_, at_barrier_;
+  void* scheduler_watched_;
+  char begin_, end_, barriers_[2];  // places of the race detector
+  uint64_t barriers_passed_ = 0;
   bool busy_;  // some thread did not just sleep
   uint64_t seen_ = 0;
   Clock::time_point watched_since_;
@@ -265,7 +289,9 @@ class Device {
       wake_.wait(lock, [&] { return launches_ != seen; });
       seen = launches_;
       lock.unlock();
-      for (unsigned i; (i = grid_->next_block++) < grid_->blocks.x;) block.run(*grid_, i);
+      for (unsigned i;
+           (i = grid_->next_block.fetch_add(1, std::memory_order_relaxed)) < grid_->blocks.x;)
+        block.run(*grid_, i);
       lock.lock();
       if (--at_work_ == 0) done_.notify_one();
     }
