@@ -42,7 +42,7 @@ class Variant:
 _STORED = [
     *(("bf16", "fp32", None, "stochastic"), ("fp16", "fp32", "fp16", "stochastic")),
     *(("bf16", "bf16", "bf16", "kahan"), ("fp16", "bf16", "fp16", "stochastic")),
-    *(("bf16", "fp32", "fp32", "master"), ("fp32", "bf16", "bf16", "nearest")),
+    *(("bf16", "fp32", "fp32", "master"), ("fp32", "bf16", "bf16", "direct")),
     *(("fp16", "bf16", None, "kahan"), ("bf16", "bf16", None, "nearest")),
 ]
 
@@ -51,74 +51,82 @@ def _variants() -> Iterator[Variant]:
     flags = [False, True]
     for dtype in ("fp32", "fp64"):
         for decay in ("l2", "unmixed", "decoupled", "projection"):
-            yield Variant("coefficients_kernel", dtype, (("decay", decay), ("whole", None)))
+            yield _variant("coefficients_kernel", dtype, decay=decay, decision=None)
             options = ["anchored", "AMSGRAD", *(["CAUTIOUSLY"] if decay == "decoupled" else [])]
             for values in itertools.product(flags, repeat=len(options)):
                 given = dict(zip(options, values, strict=True))
                 yield _update(
                     dtype, decay, anchors=dtype if given.pop("anchored") else None, **given
                 )
-            every = {"AMSGRAD": True, "AVERAGED": True, "MEASURE": True, "whole": True}
+            every = {"AMSGRAD": True, "AVERAGED": True, "MEASURE": True, "decided": True}
             yield _update(dtype, decay, anchors=dtype, CAUTIOUSLY=decay == "decoupled", **every)
         for flag in flags:
-            yield _reduce(dtype, dtype, AMSGRAD=flag)
+            yield _reduce(dtype, dtype, MAXIMA=flag)
             yield _pull(dtype, anchors=dtype if flag else None)
-        yield Variant("stabilise_kernel", dtype)
-        yield Variant("select_kernel", dtype)
-        yield Variant("coefficients_kernel", dtype, (("decay", "decoupled"),))
+            yield _variant("select_kernel", dtype, **_folded(flag))
+        yield _variant("mean_v_kernel", dtype)
+        yield _variant("coefficients_kernel", dtype, decay="decoupled")
     for weights, moments, anchors, storage in _STORED:
         types = {"weights": weights, "moments": moments, "storage": storage, "anchors": anchors}
         yield _update("fp32", "decoupled", **types)
-        yield _update("fp32", "projection", AMSGRAD=True, AVERAGED=True, whole=True, **types)
+        yield _update("fp32", "decoupled", RUNS=True, **types)
+        yield _update("fp32", "projection", AMSGRAD=True, AVERAGED=True, decided=True, **types)
         del types["moments"]
         yield _pull("fp32", **types)
-        yield _pull("fp32", AVERAGED=True, whole=True, **types)
-        yield _reduce(weights, moments, AMSGRAD=storage == "kahan")
-    yield Variant("fold_kernel", "fp64", (("whole", None),))
-    yield Variant("fold_kernel", "fp64")
-    for given in ((), ("grad_scale", "found_inf"), ("partials", "limit", "grad_norm")):
-        absent = {"grad_scale", "found_inf", "partials", "limit", "grad_norm"} - {*given}
+        yield _pull("fp32", AVERAGED=True, RUNS=True, decided=True, **types)
+        yield _reduce(weights, moments, MAXIMA=storage == "kahan")
+    for flag in flags:
+        yield _variant("share_of_v_kernel", "fp64", decision=None, **_folded(flag))
+        yield _variant("share_of_v_kernel", "fp64", **_folded(flag))
+        yield _variant("fold_kernel", "fp64", MEASURE=flag, PROJECT=not flag)
+        yield _variant("fold_spans_kernel", "fp64", SQUARES=flag, MAXIMA=True)
+    yield _variant("fold_kernel", "fp64", MEASURE=True, PROJECT=True)
+    yield _variant("fold_spans_kernel", "fp64", SQUARES=True, MAXIMA=False)
+    for asked in ((), ("grad_scale", "found_inf"), ("squares", "limit", "grad_norm")):
+        absent = {"grad_scale", "found_inf", "squares", "limit", "grad_norm"} - {*asked}
         yield _variant("decide_kernel", "fp64", SKIP_NONFINITE=False, **dict.fromkeys(absent))
-    yield Variant("decide_kernel", "fp64", (("SKIP_NONFINITE", True),))
+    yield _variant("decide_kernel", "fp64", SKIP_NONFINITE=True)
     for decay in ("unmixed", "decoupled", "projection"):
-        given = {} if decay == "decoupled" else {"mean_square": None}
-        yield _variant("measure_kernel", "fp64", decay=decay, **given)
-    yield _variant("measure_kernel", "fp64", decay="l2", mean_square=None, whole=None)
+        without = {} if decay == "decoupled" else {"mean_v": None}
+        yield _variant("tell_kernel", "fp64", decay=decay, **without, **_folded(False))
+        yield _variant("tell_kernel", "fp64", decay=decay, **without, **_folded(True))
+    absent_too = {"mean_v": None, "decision": None, **_folded(False)}
+    yield _variant("tell_kernel", "fp64", decay="l2", **absent_too)
 
 
 def _variant(kernel: str, dtype: str, **constants: Any) -> Variant:
     return Variant(kernel, dtype, tuple(constants.items()))
 
 
-def _update(dtype: str, decay: str, whole: bool = False, **given: Any) -> Variant:
-    flags = dict.fromkeys(("AMSGRAD", "CAUTIOUSLY", "AVERAGED", "MEASURE"), False)
-    types = {"weights": dtype, "moments": dtype, "anchors": None, "storage": "nearest"}
+def _folded(folded: bool) -> dict[str, Any]:
+    """Where a kernel finds the sums over a tensor: in its row, or in what its chunks have left."""
+    return {"partials" if folded else "sums": None}
+
+
+def _update(dtype: str, decay: str, decided: bool = False, **given: Any) -> Variant:
+    flags = dict.fromkeys(("AMSGRAD", "CAUTIOUSLY", "AVERAGED", "RUNS", "MEASURE"), False)
+    types = {"weights": dtype, "moments": dtype, "anchors": None, "storage": "direct"}
     constants: dict[str, Any] = {"decay": decay, **types, **flags, **given}
-    if not whole:
-        constants["whole"] = None
+    if not decided:
+        constants["decision"] = None
     if decay != "projection" and not constants["MEASURE"]:
         constants["partials"] = None
     return _variant("update_kernel", dtype, **constants)
 
 
-def _pull(dtype: str, whole: bool = False, **given: Any) -> Variant:
-    constants = {
-        "weights": dtype,
-        "anchors": None,
-        "storage": "nearest",
-        "AVERAGED": False,
-        **given,
-    }
-    if not whole:
-        constants["whole"] = None
+def _pull(dtype: str, decided: bool = False, **given: Any) -> Variant:
+    types = {"weights": dtype, "anchors": None, "storage": "direct"}
+    constants = {**types, "AVERAGED": False, "RUNS": False, **given}
+    if not decided:
+        constants["decision"] = None
     return _variant("pull_kernel", dtype, **constants)
 
 
-def _reduce(weights: str, moments: str, AMSGRAD: bool) -> Variant:
+def _reduce(weights: str, moments: str, MAXIMA: bool) -> Variant:
     computed = "fp64" if weights == "fp64" else "fp32"
-    absent = {} if AMSGRAD else {"numbers": None, "whole": None}
+    absent = {} if MAXIMA else {"numbers": None, "decision": None}
     return _variant(
-        "reduce_kernel", computed, weights=weights, moments=moments, AMSGRAD=AMSGRAD, **absent
+        "reduce_kernel", computed, weights=weights, moments=moments, MAXIMA=MAXIMA, **absent
     )
 
 
@@ -140,14 +148,13 @@ CASES = [(variant, target) for target, variants in CHOSEN.items() for variant in
 
 _NAMES = {"fp32": "float32", "fp64": "float64", "fp16": "float16", "bf16": "bfloat16"}
 _TYPES = {
-    **dict.fromkeys(("tensors", "gradients", "kept", "counters"), "*i64"),
+    **dict.fromkeys(("tensors", "gradients", "counters", "skipped"), "*i64"),
     **dict.fromkeys(("rows", "chunks", "spans", "firsts"), "*i32"),
-    **dict.fromkeys(("exact", "partials", "means", "hypers", "whole", "mean_square"), "*fp64"),
-    **dict.fromkeys(("table", "limit", "grad_norm"), "*fp64"),
+    **dict.fromkeys(("unrounded", "partials", "sums", "squares", "shares", "decision"), "*fp64"),
+    **dict.fromkeys(("options", "mean_v", "telemetry", "limit", "grad_norm"), "*fp64"),
     **dict.fromkeys(("grad_scale", "found_inf"), "*fp32"),
     **dict.fromkeys(("count", "length"), "i32"),
     "elements": "i64",
-    "skipped": "*i64",
 }
 
 
@@ -170,9 +177,10 @@ def _compiled(variant: Variant, target: str) -> dict[str, str]:
     import triton.language as language
     from triton.backends.compiler import GPUTarget
 
-    from wdkernels import triton_backend, triton_kernels
+    from wdkernels import triton_kernels, triton_lists, triton_numbers
 
-    kernel = getattr(triton_kernels, variant.kernel)
+    module = triton_numbers if variant.kernel == "coefficients_kernel" else triton_kernels
+    kernel = getattr(module, variant.kernel)
     constants = {
         name: getattr(language, _NAMES[x]) if name in ("weights", "moments", "anchors") and x else x
         for name, x in variant.constants
@@ -187,7 +195,7 @@ def _compiled(variant: Variant, target: str) -> dict[str, str]:
         target=GPUTarget("hip", target, 64)
         if target == "gfx942"
         else GPUTarget("cuda", int(number), 32),
-        options=triton_backend._LAUNCH,
+        options=triton_lists.LAUNCH,
     )
     return {
         "asm": compiled.asm["amdgcn" if target == "gfx942" else "ptx"],

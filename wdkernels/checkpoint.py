@@ -1,9 +1,9 @@
 """State dicts: what one holds of an optimizer, and how one is merged, checked and copied into it.
 
-A state dict is torch.optim's, both ways. A group holds the options of torch.optim.Adam and those of
-ours that differ from their defaults, under `decoupled_weight_decay` what kind of decay it has, and
-plain data only. One written by torch.optim says how torch does it (`foreach`, `fused`); it may carry
-entries of ours along, but has not kept them up.
+A state dict is torch.optim's, both ways. A group holds plain data: the options of torch.optim.Adam,
+those of ours that differ from their defaults, and the `method` of the optimizer it is of. One that
+torch.optim wrote says how torch does it (`foreach`, `fused`); it may carry entries of ours along, but
+has not kept them up.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from wdkernels.options import (
     GroupOptions,
 )
 
-_KIND = "decoupled_weight_decay"  # torch's name
-_FOREIGN = (*TORCH_CHOICES, _KIND)  # which a group in use has not
-_KIND_OF_METHOD = {"l2": False, "decoupled": True, "swd": True, "spd": None}
+_METHOD = "method"  # of the optimizer that saved a group
+_KIND = "decoupled_weight_decay"  # of one of torch.optim
+_FOREIGN = (*TORCH_CHOICES, _METHOD, _KIND)  # which a group in use has not
 _NO_STATE_DICT = (
     "this is not the state_dict of an optimizer, which holds 'state' and 'param_groups'"
 )
@@ -39,7 +39,7 @@ def saved_group(group: Mapping[str, Any], method: str) -> dict[str, Any]:
     for key, value in kept.items():
         if isinstance(value, torch.dtype):  # which not every tool can save
             kept[key] = str(value).removeprefix("torch.")
-    return {**kept, _KIND: _KIND_OF_METHOD[method]}
+    return {**kept, _METHOD: method}
 
 
 class Loaded(NamedTuple):
@@ -99,7 +99,11 @@ def merged(target: Target, state_dict: dict[str, Any]) -> Loaded:
             copies = state.complete(p, loaded.states[p], options, target.given.get(p))
             if begun:  # what it has are copies, too
                 copies = [entry.name for entry in state.ENTRIES if entry.start == "weight"]
-            loaded.copies.extend((p, name) for name in copies if name in loaded.states[p])
+            loaded.copies.extend(
+                (p, name)
+                for name in copies
+                if name in loaded.states[p] and not (name == "anchor" and options.anchor == "given")
+            )
     return loaded
 
 
@@ -146,12 +150,13 @@ def _by_torch(saved: Mapping[str, Any]) -> bool:
 
 def _of_ours(saved: Mapping[str, Any]) -> bool:
     """Whether it was saved by a release of ours that knew how 16-bit weights are kept."""
-    return not _by_torch(saved) and (_KIND in saved or "rounding" in saved)
+    return not _by_torch(saved) and (_METHOD in saved or "rounding" in saved)
 
 
 def _merged_group(saved: Mapping[str, Any], group: Mapping[str, Any], method: str) -> Group:
-    """The options that are saved. Those that are not are the defaults; where torch.optim has saved
-    the others, which does not know ours, they stay as they are."""
+    """The options that are saved. One that is not has its default; or stays as it is, where who saved
+    the others did not know it."""
+    saver = None if _by_torch(saved) else saved.get(_METHOD)
     narrow = any(p.dtype in state.NARROW for p in group["params"])
     new = Group()
     for name, row in GROUP_OPTIONS.items():
@@ -160,7 +165,7 @@ def _merged_group(saved: Mapping[str, Any], group: Mapping[str, Any], method: st
         of_others = name in OF_NARROW_WEIGHTS and not narrow
         if name in saved and not of_others:
             value = saved[name]
-        elif of_others or not _of_ours(saved):
+        elif of_others or saver in (None, *row.senseless):
             value = group[name]
         else:
             value = row.default
@@ -207,12 +212,12 @@ def _check_group(
 
 def _check_kind_of_decay(saved: Mapping[str, Any], target: Target, index: int) -> None:
     """The same number is much for one kind and little for another. SPD takes any."""
-    decoupled: bool | None = saved.get(_KIND)  # older torch does not say
-    if (
-        _KIND not in saved
-        and not _by_torch(saved)
-        and ("decay_scale" in saved or "unmixed" in saved)
-    ):
+    decoupled: bool | None = None  # nobody says
+    if _by_torch(saved):
+        decoupled = saved.get(_KIND)  # older torch does not say
+    elif _METHOD in saved:
+        decoupled = {"l2": False, "decoupled": True, "swd": True}.get(saved[_METHOD])
+    elif "decay_scale" in saved or "unmixed" in saved:  # earlier releases saved every option
         decoupled = "decay_scale" in saved
     where = f"weight_decay of group {index} of the state_dict"
     if decoupled is True and target.method == "l2":

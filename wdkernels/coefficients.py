@@ -1,4 +1,4 @@
-"""A param group's options at a step count -> the few numbers an element needs (csrc/coefficients.h)."""
+"""A group's options at a step count -> the few numbers an element needs: csrc/coefficients.h."""
 
 from __future__ import annotations
 

@@ -34,9 +34,12 @@ def elements(p: Tensor) -> int:
 
 
 def learns(p: Tensor) -> bool:
-    """Whether it may have a gradient; all else, of whatever type, is left alone."""
-    lazy = isinstance(p, torch.nn.parameter.UninitializedTensorMixin)
-    return (p.requires_grad or p.grad is not None) and not lazy
+    """Whether p may come to have a gradient. A frozen parameter, of whatever type, is left alone, and
+    a lazy module's as long as it has no shape."""
+    if isinstance(p, torch.nn.parameter.UninitializedParameter):
+        return False
+    frozen = isinstance(p, torch.nn.Parameter) and not p.requires_grad
+    return not frozen or p.grad is not None
 
 
 def active(groups: Groups) -> list[tuple[str, Tensor]]:
@@ -129,8 +132,8 @@ def read_again(
 ) -> Plan | None:
     """Reads the groups where something has changed, which costs little where nothing has.
 
-    `known` is brought up to date. Returns the plan, told of what has changed, or None if it is out of
-    date.
+    `known` is brought up to date. Returns the plan, told of what has changed; None if that is more
+    than numbers.
     """
     if len(known) != len(groups):
         plan = None

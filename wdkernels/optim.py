@@ -71,6 +71,8 @@ class _Run:
     given: dict[Tensor, Tensor] = field(default_factory=dict)  # anchors that are in no state yet
     copies: list[tuple[Tensor, str]] = field(default_factory=list)  # of weights not yet moved
 
+    completed: list[GroupOptions] = field(default_factory=list)  # with which states were, by group
+
     # Derived from the groups and the state; the next step finds it again.
     plan: Plan | None = None
     known: list[groups.Known] = field(default_factory=list)  # by group
@@ -247,9 +249,11 @@ class _Adam(torch.optim.Optimizer):
             self._backend, [layouts.local(p) for *_, p in every if groups.learns(p)]
         )
         for i, _, _, p in every:  # the first thing written, so after all checks
-            if p.grad is not None or self.state.get(p):
-                copies = state.complete(p, self.state[p], options[i], run.given.pop(p, None))
-                run.copies += [(p, name) for name in copies]
+            if (own := self.state.get(p)) and i < len(run.completed):
+                state.retire(p, own, run.completed[i], options[i])
+            if own or p.grad is not None:
+                self._complete_state(p, options[i])
+        run.completed = options
         parameters = groups.as_parameters(self.param_groups, self.state, options)
         if backend is None:
             reference.step(reference.grouped(parameters, options), request)
@@ -258,6 +262,16 @@ class _Adam(torch.optim.Optimizer):
         if not plan.step(self.state, self.param_groups, request):
             raise RuntimeError("tensors changed while the step was being prepared")
         run.plan = plan
+
+    def _complete_state(self, p: Tensor, options: GroupOptions) -> None:
+        copies = state.complete(p, self.state[p], options, self._run.given.pop(p, None))
+        self._run.copies += [(p, name) for name in copies]
+
+    def _complete_states(self) -> None:
+        options = [self._read(group, i) for i, group in enumerate(self.param_groups)]
+        for i, _, _, p in groups.parameters(self.param_groups):
+            if groups.learns(p):
+                self._complete_state(p, options[i])
 
     def _renew(self) -> None:
         """Copies of weights that have not moved since: a model may have been loaded meanwhile."""
@@ -360,6 +374,8 @@ class _Adam(torch.optim.Optimizer):
         Groups hold the options that differ from their defaults.
         """
         self._refuse_swapped("state_dict()")
+        if self._run.given:  # which would be lost; but either all states exist or none
+            self._complete_states()
         self._renew()
         found = super().state_dict()
         found["param_groups"] = [
@@ -410,7 +426,8 @@ class _Adam(torch.optim.Optimizer):
             self.state = defaultdict(dict, self._loaded.states)
             self.param_groups = list(self._loaded.groups)
             given, copies = self._run.given, self._loaded.copies
-        fresh = _Run(given=given, copies=copies)
+        completed = [] if self._loaded is None else self._loaded.options
+        fresh = _Run(given=given, copies=copies, completed=completed)
         run: _Run = vars(self).setdefault("_run", fresh)
         vars(run).update(vars(fresh))
 

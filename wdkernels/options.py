@@ -1,8 +1,9 @@
-"""Every option there is, each in one row: its type, default, check and meaning. The rest is derived.
+"""Every option there is, each in one row: its type, default, check and meaning.
 
-The annotations of the TypedDicts below are the table: a row's type is the static one of the keyword,
-its `Option` holds what a running optimizer needs. From them come the keywords an optimizer takes, the
-defaults of its param groups, what is refused and why, what a state dict keeps, and the help text.
+The annotations of the TypedDicts below are the table: a row's type is the static one of the
+keyword, its `Option` holds what a running optimizer needs. From them come the keywords that an
+optimizer takes, the defaults of its param groups, what is refused and why, what a state dict keeps,
+and the help text.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ MOMENT_DTYPES = (None, torch.float32, torch.bfloat16)
 ANCHORS = ("zero", "initial", "ema", "given")  # of a group: given tensors are in the state
 BACKENDS = ("auto", "native", "triton", "eager")
 
-# A number that is below 0 by no more than this has been rounded there, as by schedulers that come to
-# an end, and counts as 0.
+# A number that is below 0 by no more than this has been rounded there, as by schedulers that come
+# to an end, and counts as 0.
 ROUNDED_BELOW_ZERO = 1e-12
 
 
-# ---- checks: each returns the value made plain, or raises a ValueError that names the option ------
+# ---- checks: each returns the value made plain, or raises a ValueError that names the option -----
 
 
 def number(value: Any, name: str, below: float = math.inf) -> float:
@@ -258,8 +259,8 @@ class Decoupled(TypedDict, total=False):
         Option(
             *("lr", one_of(DECAY_SCALES)),
             'what multiplies lambda_t in d_t: "lr", eta; "relative_lr", eta/lr_max, so only the '
-            'schedule of lr does (the original decoupling); "corrected", eta^2/lr_max (AdamC, arXiv '
-            '2506.02285); "independent", 1, but for lr = 0, where nothing moves',
+            'schedule of lr does (the original decoupling); "corrected", eta^2/lr_max (AdamC, '
+            'arXiv 2506.02285); "independent", 1, but for lr = 0, where nothing moves',
             senseless={"l2": _IN_THE_STEP, "spd": _NO_LR},
         ),
     ]
@@ -306,8 +307,8 @@ class OfTheOptimizer(TypedDict, total=False):
         float | None,
         Option(
             *(None, bound_of_norm),
-            "the gradients' global norm is clipped to it, as by torch.nn.utils.clip_grad_norm_, but "
-            "they are not written",
+            "the gradients' global norm is clipped to it, as by torch.nn.utils.clip_grad_norm_, "
+            "but they are not written",
         ),
     ]
     skip_nonfinite: Annotated[
@@ -322,8 +323,8 @@ class OfTheOptimizer(TypedDict, total=False):
         int | None,
         Option(
             *(None, interval),
-            "n: each n-th call of `step` is measured, for `telemetry`, counted from construction or "
-            "load_state_dict",
+            "n: each n-th call of `step` is measured, for `telemetry`, counted from construction "
+            "or load_state_dict",
         ),
     ]
     backend: Annotated[
@@ -518,7 +519,8 @@ def from_group(method: str, group: Mapping[str, Any], on_device: bool = False) -
         )
     if plain["anchor"] == "ema" and plain["ema_decay"] is None:
         raise ValueError(
-            "anchor='ema' decays to the running average of the weights: set ema_decay, which keeps it"
+            "anchor='ema' decays to the running average of the weights: set ema_decay, which keeps "
+            "it"
         )
     if (
         plain["lr_max"] is None

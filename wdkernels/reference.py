@@ -25,7 +25,7 @@ look at line 0 and at SWD's V, `update` is lines 1 to 4, `finish` lines 5 and 6.
     6  ema <- ema + (1 - k_t)(w - ema)            w as it was stored
 
 All of it is computed in float32, or in float64 for weights as wide. Weights of 16 bits are widened
-before and rounded after (`_weight`, `_store_weight`), as are moments in bfloat16 (`_store_moments`).
+before and rounded after (`_weight`, `_store_weight`), as are bfloat16's moments (`_store_moments`).
 
 Sources: l2 Kingma & Ba 2014; unmixed the ablation of arXiv 2012.13841; decoupled arXiv 1711.05101;
 swd arXiv 2011.11152; spd arXiv 2411.01713; anchor arXiv 1802.01483; cautious arXiv 2510.12402;
@@ -202,7 +202,7 @@ class Step:
         return proceed and not (request.skip_nonfinite and not math.isfinite(norm))
 
     def _decide_mean_v(self) -> None:
-        """SWD's V: the mean of v / (1 - b2^t) over all elements of all parameters, of this step's v."""
+        """SWD's V: the mean of this step's v / (1 - b2^t) over all elements of all parameters."""
         parts, count = [], 0
         for p, total in zip(self._parameters, self._columns["maximum"], strict=True):
             b2 = p.options.beta2
@@ -262,10 +262,12 @@ class Step:
         """Selective Projection Decay of one tensor, w~ = w - u: whether it is selected, and r.
 
             c = -sum(g (w - a));  where c < 0:
-            r = clip((norm(w~ - a) - norm(w - a)) / norm(w~ - a), 0, 1);  w <- w~ - lambda_t r (w~ - a)
+            r = clip((norm(w~ - a) - norm(w - a)) / norm(w~ - a), 0, 1)
+            w <- w~ - lambda_t r (w~ - a)
 
-        The difference of the norms is that of their squares over their sum, and the difference of the
-        squares is summed directly: subtracting two nearly equal norms loses the digits that matter.
+        The difference of the norms is that of their squares over their sum, and the difference of
+        the squares is summed directly: subtracting two nearly equal norms loses the digits that
+        matter.
         """
         sums = {name: column[i] for name, column in self._columns.items()}
         selected = -sums["alignment"] < 0
@@ -303,7 +305,7 @@ class Step:
 
 
 def _adam(p: _Parameter, d: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lines 1 to 3, which store the moments: u, what divides it, and what the decay adds to w, u or g."""
+    """Lines 1 to 3, which store the moments: u, what divides it, what the decay adds to w, u or g."""
     o, pull = p.options, p.lambda_t * d
     m, v, v_top = _moments(p, g + pull if o.method == "l2" else g)
     _store_moments(p, m, v, v_top)
@@ -338,8 +340,8 @@ def _moments(p: _Parameter, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _is_kept(p: _Parameter) -> bool:
-    """Whether SWD's sum of v is kept by the recurrence of v: of a v that is rounded to 16 bits it is
-    the better one."""
+    """Whether SWD's sum of v is kept by the recurrence of v: of a v that is rounded to 16 bits it
+    is the better one."""
     return p.state["exp_avg_sq"].dtype == torch.bfloat16 and not p.options.amsgrad
 
 

@@ -27,8 +27,8 @@ def key(step_key: int, index: int) -> int:
 def noise(key: int, x: Tensor, numbering: Numbering) -> Tensor:
     """32 random bits for each element of x: a hash of the key and of the element's number.
 
-    An element's number is its position in the memory of the dense tensor `torch.empty_like(x)`, so x
-    may have holes; where x is a shard, that in the whole tensor.
+    An element's number is its position in the memory of the dense tensor `torch.empty_like(x)`, so
+    x may have holes; where x is a shard, that in the whole tensor.
     """
     element = torch.zeros_like(x, dtype=torch.int64)
     for dim, stride in enumerate(torch.empty_like(x, device="meta").stride()):

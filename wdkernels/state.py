@@ -4,8 +4,8 @@ A step computes in float32, or in float64 for weights of twice that width. Weigh
 what a step adds if it is less than half of their last bit, unless it is rounded stochastically or
 kept elsewhere: hence `rounding` and `master_weights` (docs/methods.md).
 
-From the table follow the streams that a backend is handed, what a new state is made of, what a state
-dict may hold, and what is refused in which words.
+From the table follow the streams that a backend is handed, what a new state is made of, what a
+state dict may hold, and what is refused in which words.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def streams(p: Tensor, state: Mapping[str, Any], options: GroupOptions) -> dict[
 def complete(p: Tensor, state: State, options: GroupOptions, given: Tensor | None) -> list[str]:
     """Adds what a step of p needs and the state lacks, and brings all of it into the order of p.
 
-    `given`: p's anchor, if the user gave one. Returns the names of what are now copies of the weight.
+    `given`: p's anchor, if the user gave one. Returns the names of what are now copies of p.
     """
     copies = []
     for entry in ENTRIES:
@@ -209,8 +209,8 @@ def check_options(p: Tensor, options: GroupOptions, name: str) -> None:
     """Raise a ValueError for options that p's dtype does not go with."""
     if options.moment_dtype is not None and (p.dtype in WIDE or p.is_complex()):
         raise ValueError(
-            f"moment_dtype={options.moment_dtype} is for float32 and 16-bit weights, not for {name}, "
-            f"which is {p.dtype}: put it into a group with moment_dtype=None"
+            f"moment_dtype={options.moment_dtype} is for float32 and 16-bit weights, not for "
+            f"{name}, which is {p.dtype}: put it into a group with moment_dtype=None"
         )
 
 
@@ -310,7 +310,7 @@ def check_in_use(
 ) -> None:
     """In a state in use, the dtypes and devices count as well.
 
-    `active`: the step is to update p; `given`: the user has given p an anchor, not in the state yet.
+    `active`: the step is to update p; `given`: the user gave an anchor that is not in it yet.
     """
     check_state(p, state, name)
     late = "exp_avg" in state or (active and options.anchor == "given")

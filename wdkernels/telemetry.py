@@ -88,7 +88,8 @@ class Telemetry(Mapping[str, Mapping[str, Tensor]]):
         if method == "spd":
             total["selected"] = sums["selected"]
         if method == "swd":
-            total["sqrt_mean_v"] = columns["mean_v"].max().sqrt()
+            v = columns["mean_v"]
+            total["sqrt_mean_v"] = v.max().sqrt() if len(v) else torch.zeros_like(count)
         self.total: Mapping[str, Tensor] = total
 
     def __getitem__(self, name: str) -> Mapping[str, Tensor]:
