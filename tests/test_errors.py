@@ -29,8 +29,9 @@ from variants import (
 )
 
 import wdkernels as wd
-from wdkernels import checks, schedules
-from wdkernels.coefficients import from_group
+from wdkernels import schedules
+from wdkernels import state as entries
+from wdkernels.options import from_group
 
 # Checks are the same for all, before one is chosen; not so what a plan sees of a tensor later.
 even_triton = pytest.mark.parametrize(
@@ -539,7 +540,7 @@ def test_a_step_count_on_a_device_is_not_read() -> None:
     p = torch.ones(2, device="meta")
     state = {"step": p[0], "exp_avg": p, "exp_avg_sq": p}
     group = wd.AdamW([p]).param_groups[0]
-    checks.check_live_state(p, state, from_group("decoupled", group), LAST)
+    entries.check_in_use(p, state, from_group("decoupled", group), LAST, True, False)
 
 
 @every_backend
