@@ -311,6 +311,7 @@ def disturbed(method: str, backend: str, damage: Break, error: type[Exception], 
             {"params": params[1:], "anchor": anchors_of(params[1:])},
         ]
         optimizer = Variant(method).build(groups, backend)
+        optimizer.state_dict()  # which makes the states, for the anchors that were given
         for t in range(4):
             for i, p in enumerate(params):
                 p.grad = gradient(p, i, 3 * t)
@@ -564,7 +565,8 @@ def test_an_anchor_cannot_be_switched_on_later(method: str, stepped: bool, backe
     optimizer = Variant(method).build(params, backend, anchor="zero")
     if stepped:
         train(optimizer, params, range(1))
-    optimizer.param_groups[0]["anchor"] = "initial"
+    chosen = "initial" if stepped else "given"  # an initial one is taken at the first step
+    optimizer.param_groups[0]["anchor"] = chosen
     for p in params:
         p.grad = torch.ones_like(p)
     refuse(optimizer, params, optimizer.step, ValueError, "parameter 0 of group 0 has no anchor")
@@ -638,10 +640,10 @@ def bad_group(method: str, group: Any, error: type[Exception], match: str) -> No
 
 
 BAD_ANCHORS: dict[str, tuple[Any, str]] = {
-    "unknown name": ("first", "group 1: anchor must be 'zero', 'initial' or a list"),
-    "None": (None, "group 1: anchor must be 'zero', 'initial' or a list"),
-    "reserved name": ("given", "group 1: anchor must be 'zero', 'initial' or a list"),
-    "number": (3.0, "group 1: anchor must be 'zero', 'initial' or a list"),
+    "unknown name": ("first", "group 1: anchor must be 'zero', 'initial', 'ema' or a list"),
+    "None": (None, "group 1: anchor must be 'zero', 'initial', 'ema' or a list"),
+    "reserved name": ("given", "group 1: anchor must be 'zero', 'initial', 'ema' or a list"),
+    "number": (3.0, "group 1: anchor must be 'zero', 'initial', 'ema' or a list"),
     "too few": ([torch.ones(3, 4)], "group 1: anchor holds 1 tensors for 2 parameters"),
     "too many": ([torch.ones(3, 4)] * 3, "group 1: anchor holds 3 tensors for 2 parameters"),
     "shape": (

@@ -124,7 +124,7 @@ def table(rows: Iterable[tuple[str, ...]]) -> str:
 def results(checks: Iterable[tuple[torch.device, Any, str]]) -> Iterator[tuple[str, ...]]:
     yield "device", "optimizer", "backend", f"{STEPS} steps beside the papers' formulas in float64"
     for device, optimizer, problem in checks:
-        backend = picked(optimizer, torch.zeros(1, device=device))
+        backend = picked(torch.zeros(1, device=device))
         yield str(device), optimizer.__name__, backend, problem or "agree"
 
 
