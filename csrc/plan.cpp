@@ -162,13 +162,10 @@ void Plan::set_options(int32_t group, const GroupOptions& options) { options_.at
 
 void Plan::set_number(int32_t group, const char* name, double value) {
   static constexpr std::pair<const char*, double GroupOptions::*> numbers[] = {
-      {"lr", &GroupOptions::lr},
-      {"weight_decay", &GroupOptions::weight_decay},
-      {"lr_max", &GroupOptions::lr_max},
-      {"beta1", &GroupOptions::beta1},
-      {"beta2", &GroupOptions::beta2},
+      {"lr", &GroupOptions::lr},       {"weight_decay", &GroupOptions::weight_decay},
+      {"beta1", &GroupOptions::beta1}, {"beta2", &GroupOptions::beta2},
       {"eps", &GroupOptions::eps},
-      {"ema_decay", &GroupOptions::ema_decay}};
+  };
   for (const auto& [known, number] : numbers)
     if (std::strcmp(known, name) == 0) {
       options_.at(group).*number = value;

@@ -82,7 +82,7 @@ class Plan:
         for position, p in enumerate(parameters):
             self._core.add_parameter(
                 parameter=p.tensor,
-                weight=layouts.local(self._weights[position]),
+                weight=self._weights[position],
                 state=p.state,
                 streams=p.streams,
                 storage=p.storage,
@@ -155,7 +155,7 @@ class Plan:
 
 
 class _Phases:
-    """One step of a plan in phases. No other one begins until it is finished, skipped or dropped."""
+    """One step of a plan, in phases. No other begins until it is finished, skipped or dropped."""
 
     def __init__(
         self, core: Any, weights: Weights, request: Request, sums: Tensor, reductions: int
