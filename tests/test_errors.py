@@ -208,7 +208,10 @@ STEPS: dict[str, tuple[Break, type[Exception], str]] = {
     "the same parameter twice": (another(0), RuntimeError, "share memory"),
     "integer parameter": (another(None), TypeError, "parameter 2 of group 1 has dtype torch.int64"),
     **{
-        f"{key} {value}": (in_state(key, value), error, f"{key} of {LAST}{match}")
+        f"{key}{match} ({type(value).__name__})": (
+            *(in_state(key, value), error),
+            f"{key} of {LAST}{match}",
+        )
         for key, value, error, match in STATES
     },
     **{

@@ -646,8 +646,12 @@ FIRST_STEPS = {
     ),
     # The penalty is in v, and not in the gradient's norm.
     "L2": FirstStep(wd.Adam, {}, 0.1, 0.1 * 5, root=(2.3, 0.6)),
+    "L2, anchor": FirstStep(wd.Adam, {"anchor": (3.0, 0.0)}, 0.1, 0.1 * 4, root=(2.0, 0.6)),
     # u = lr ((2 + 0.3) / 2, (-1 + 0.4) / 1), of which the decay is lr (0.3 / 2, 0.4 / 1).
     "unmixed": FirstStep(wd.Adam, {"unmixed": True}, 0.1, math.hypot(0.075, 0.2), u=(0.575, -0.3)),
+    "unmixed, anchor": FirstStep(
+        wd.Adam, {"unmixed": True, "anchor": (3.0, 0.0)}, 0.1, 0.2, u=(0.5, -0.3)
+    ),
     "SWD": FirstStep(
         *(wd.AdamSWD, {}, 0.05 / 2.5**0.5, 0.05 / 2.5**0.5 * 5, {"sqrt_mean_v": 2.5**0.5})
     ),
