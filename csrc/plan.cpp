@@ -98,20 +98,21 @@ const Plan::Role Plan::kRoles[] = {
      [](Parameter& p, void* data, DType) { p.tensor.v_sum = static_cast<double*>(data); }},
 };
 
-void Plan::add_parameter(py::object parameter, const py::object& weight, py::object state,
+void Plan::add_parameter(const py::object& parameter, const py::object& weight, py::object state,
                          const py::dict& streams, Storage storage, int32_t group, uint32_t index,
                          int64_t total, const Numbering& numbering) {
   if (group < 0 || group >= static_cast<int32_t>(options_.size()))
     throw std::invalid_argument("a parameter of no group");
-  Parameter p;
+  Parameter& p = parameters_.emplace_back();
+  p.group = group;
+  p.object = parameter;
+  p.state = std::move(state);
+  if (p.state.is_none()) return;  // until it has a gradient, whatever it is does not count
   const py::object local = local_of(parameter.ptr());
   p.wraps = bool(local);
   p.layout = layout_of(local ? local : parameter, device_);
   p.weight = layout_of(weight, device_);
-  p.object = std::move(parameter);
   p.weight_object = weight;
-  p.state = std::move(state);
-  p.group = group;
   p.tensor.w = p.weight.data();
   p.tensor.weight_type = p.weight.dtype();
   p.tensor.numel = p.weight.elements();
@@ -119,8 +120,7 @@ void Plan::add_parameter(py::object parameter, const py::object& weight, py::obj
   p.tensor.numbering = numbering;
   p.tensor.storage = storage;
   p.tensor.index = index;
-  if (!p.state.is_none()) add_streams(p, streams);
-  parameters_.push_back(std::move(p));
+  add_streams(p, streams);
 }
 
 // Python has checked the types. What is looked at here is what the loops could not survive.

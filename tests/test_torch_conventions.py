@@ -654,6 +654,7 @@ def test_a_torch_checkpoint_keeps_our_own_options(backend: str) -> None:
     assert group["decay_schedule"] == early
     assert group["cautious"]
     assert group["lr_max"] == 0.2
+    train(optimizer, params, range(2, 3))
     for p, a in zip(params, anchors, strict=True):
         assert torch.equal(optimizer.state[p]["anchor"], a)
     for key in ("foreach", "fused", "differentiable", "decoupled_weight_decay"):

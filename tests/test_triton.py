@@ -6,7 +6,6 @@ test_optimizers.py; here are the bits, the launches, the tables and the machine 
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import triton_compile
-from torch import Tensor
-from variants import (
+from support import (
     METHODS,
     VARIANTS,
     Edge,
@@ -27,16 +25,19 @@ from variants import (
     assert_same_bits,
     bits,
     every_edge,
-    gradient,
     needs_native,
     random,
     snapshot,
+    train,
 )
+from torch import Tensor
 
 import wdkernels as wd
-from wdkernels import rounding, storage, triton_backend
+from wdkernels import groups, rounding, state, triton_backend, triton_lists, triton_tables
 from wdkernels.coefficients import mix
-from wdkernels.plan import Parameter, Request
+from wdkernels.options import GROUP_OPTIONS, GroupOptions
+from wdkernels.plan import Numbering, Parameter, Request
+from wdkernels.state import NARROW
 from wdkernels.telemetry import COLUMNS
 
 pytestmark = [
@@ -48,7 +49,7 @@ pytestmark = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REDUCING = ("swd", "spd")
 ELEMENTWISE = [i for i, v in enumerate(VARIANTS) if v.method not in REDUCING]
-# A whole chunk and a tail of two blocks; a tail alone; one element; none.
+# A full chunk and a tail of two blocks; a tail alone; one element; none.
 SHAPES = [(3, 5), (), (1024 + 300,), (7,), (0, 3)]
 DTYPES = [torch.float32, torch.float64]
 
@@ -62,14 +63,14 @@ def one_patch_for_a_launch() -> Iterator[None]:
     patched: set[int] = set()  # globals in which the language is, of the launch that goes on
 
     def patch_once(function: Any) -> Any:
-        place = id(function.__globals__)
-        if place in patched:
+        scope_of = id(function.__globals__)
+        if scope_of in patched:
             return None
         scope = patch(function)
         if not patched:  # the kernel's: only its scope is ever restored
             restore = scope.restore
             scope.restore = lambda: (patched.clear(), restore())
-        patched.add(place)
+        patched.add(scope_of)
         return scope
 
     interpreter._patch_lang = patch_once
@@ -93,16 +94,8 @@ def run(
         if getattr(optimizer, "grad_norm", None) is not None:
             found[f"grad_norm {t}"] = optimizer.grad_norm.clone()
         if getattr(optimizer, "telemetry_every", None) is not None:
-            found[f"telemetry {t}"] = optimizer._measured[1]
+            found[f"telemetry {t}"] = optimizer._run.measured[1]
     return on_cpu({**found, **snapshot(optimizer, params)})
-
-
-def train(optimizer: Any, params: Sequence[Tensor], steps: range) -> None:
-    for t in steps:
-        for i, p in enumerate(params):
-            g = gradient(p, i, t)
-            p.grad = None if g is None else g.to(p.device)
-        optimizer.step()
 
 
 def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -209,7 +202,7 @@ def test_overflow_inf_nan_and_subnormals(method: str, dtype: torch.dtype) -> Non
 
 # ---- storage, and the whole step -----------------------------------------------------------------
 
-BF16, FP16 = storage.NARROW
+BF16, FP16 = NARROW
 AVERAGE = wd.schedules.product(
     wd.schedules.linear(0.2, 0.9, steps=2), wd.schedules.cosine(0.5, 1.0, steps=3)
 )
@@ -283,7 +276,7 @@ def stored(index: int, backend: str) -> dict[str, Tensor]:
     ids=lambda i: str(STORED[i]),
 )
 def test_stored_bits_are_those_of_the_native_backend(index: int) -> None:
-    """Of SPD's too: what a sum's order changes in lambda r is lost when a weight is rounded."""
+    """SPD's are among them: what a sum's order changes in lambda r is lost in the rounding."""
     assert_same_bits(stored(index, "triton"), stored(index, "native"))
 
 
@@ -300,14 +293,14 @@ def test_storage_is_that_of_the_reference(index: int) -> None:
         assert x.dtype == y.dtype, name
         if x.numel() == 0:
             continue
-        key, place = name.split()
-        if key in ("weight", "compensation") and f"compensation {place}" in actual:
+        key, i = name.split()
+        if key in ("weight", "compensation") and f"compensation {i}" in actual:
             x, y = (
-                each[f"weight {place}"].double() + each[f"compensation {place}"].double()
+                each[f"weight {i}"].double() + each[f"compensation {i}"].double()
                 for each in (actual, expected)
             )
             tolerance = 2.0**-15  # twice bfloat16's 8 bits
-        elif x.dtype in storage.NARROW:
+        elif x.dtype in NARROW:
             assert (bits(x) != bits(y)).double().mean() <= 0.05, name
             assert (bits(x).int() - bits(y).int()).abs().max() <= 1, name
             continue
@@ -316,15 +309,15 @@ def test_storage_is_that_of_the_reference(index: int) -> None:
             if case.variant.method == "swd" and key == "exp_avg_sq_sum":
                 tolerance = 2.0**-19  # of squares in float32, there
         scale = y.abs().max().item()
-        if key == "ema" and f"compensation {place}" in actual and case.variant.method == "spd":
-            # Of the weight without its compensation, stored twice a step: a few elements have had
-            # the next one, half a last bit of bfloat16 away from the middle.
+        if key == "ema" and f"compensation {i}" in actual and case.variant.method == "spd":
+            # It follows the weight without its compensation, which is stored twice a step: a few
+            # elements have had the next one, half a last bit of bfloat16 away from the middle.
             assert ((x - y).abs() > tolerance * scale).double().mean() <= 0.01, name
             tolerance = 2.0**-8
         torch.testing.assert_close(x, y, rtol=0, atol=tolerance * scale, msg=name)
 
 
-@pytest.mark.parametrize("dtype", storage.NARROW, ids=str)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_every_number_is_rounded_as_written(dtype: torch.dtype) -> None:
     """By steps that go all the way to the anchor: around every exponent, subnormals, inf, NaN."""
     exponents = torch.arange(256).repeat_interleave(32) << 23
@@ -343,17 +336,16 @@ def test_every_number_is_rounded_as_written(dtype: torch.dtype) -> None:
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    key = rounding.key(mix(mix(3) + 1), 0)
-    noise = rounding.noise(key, x)
-    for p, random_bits in zip(params, [noise, None, None], strict=True):
-        expected = rounding.narrow(x, dtype, random_bits)
+    random_bits = rounding.noise(rounding.key(mix(mix(3) + 1), 0), x, Numbering())
+    for p, given in zip(params, [random_bits, None, None], strict=True):
+        expected = rounding.narrow(x, dtype, given)
         same = bits(p.cpu()) == bits(expected)
         assert (same | x.isnan()).all()
         assert p.cpu()[x.isnan()].isnan().all()
     assert bits(optimizer.state[params[2]]["master"].cpu())[~x.isnan()].equal(bits(x)[~x.isnan()])
 
 
-WHOLE = {"max_grad_norm": 0.5, "telemetry_every": 1, "ema_decay": AVERAGE}
+EVERYTHING = {"max_grad_norm": 0.5, "telemetry_every": 1, "ema_decay": AVERAGE}
 MEASURED = [
     Variant("l2", {"maximize": True}, True),
     Variant("l2", {"amsgrad": True, "decay_schedule": wd.schedules.late(2)}),
@@ -372,7 +364,7 @@ def test_a_clipped_measured_averaged_step_is_the_reference(variant: Variant) -> 
     """The norm, and V, over lists of several types; numbers of the first are exact."""
 
     def runs(backend: str, device: str, **options: Any) -> dict[str, Tensor]:
-        return run(lambda p: variant.build(p, backend, **WHOLE), device=device, **options)
+        return run(lambda p: variant.build(p, backend, **EVERYTHING), device=device, **options)
 
     wide: dict[str, Any] = {
         "dtypes": [torch.float64],
@@ -419,6 +411,27 @@ def test_a_measured_step_has_the_same_bits(method: str) -> None:
         found = run(lambda params, case=case: case.build(params, "triton"), **options)
         runs.append({k: x for k, x in found.items() if not k.startswith("telemetry")})
     assert_same_bits(*runs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_average_may_be_the_anchor(method: str) -> None:
+    """It is in the same memory, and read before the step moves it."""
+    runs = []
+    for backend, device in (("triton", DEVICE), ("eager", "cpu")):
+        options: dict[str, Any] = {"ema_decay": 0.75, "anchor": "ema", "max_grad_norm": 0.5}
+        runs.append(
+            run(
+                lambda p, backend=backend: Variant(method).build(p, backend, **options),
+                dtypes=[torch.float64],
+                shapes=[(3, 5), (1024 + 300,), ()],
+                device=device,
+            )
+        )
+    assert_close(*runs, 1e-12)
+    assert not any(name.startswith("anchor") for name in runs[0])
+    far = Variant(method).build
+    without = run(lambda p: far(p, "triton", ema_decay=0.75), dtypes=[torch.float64], shapes=[(40,)])
+    assert (without["weight 0"] - runs[0]["weight 0"].flatten()[0]).abs().max() > 0
 
 
 def test_gradients_are_not_written() -> None:
@@ -485,7 +498,7 @@ def test_a_skipped_step_writes_nothing(method: str, bad: float) -> None:
     assert_same_bits(snapshot(optimizer, params), before)
     assert optimizer.skipped_steps.item() == 1
     assert not optimizer.grad_norm.isfinite()
-    assert optimizer._measured[1].isnan().all()
+    assert optimizer._run.measured[1].isnan().all()
     train(optimizer, params, range(1, 2))
     assert optimizer.skipped_steps.item() == 1
     assert optimizer.grad_norm.isfinite()
@@ -559,13 +572,14 @@ def test_groups_mix_options(method: str) -> None:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The kernels that have been launched."""
     found: list[Any] = []
-    launch = triton_backend._launch
+    launch = triton_lists.launch
 
     def counting(device: Any, kernel: Any, *arguments: Any, **constants: Any) -> None:
         found.append(kernel)
         launch(device, kernel, *arguments, **constants)
 
-    monkeypatch.setattr(triton_backend, "_launch", counting)
+    for module in (triton_lists, triton_backend):
+        monkeypatch.setattr(module, "launch", counting)
     return found
 
 
@@ -606,7 +620,7 @@ def test_launches_of_a_whole_step(
 
 
 def test_types_have_launches_of_their_own(launched: list[Any]) -> None:
-    """Of weights, moments and anchors, and of how 16 bits are rounded; anchored or not is one."""
+    """Types of weights, moments and anchors, and how 16 bits are rounded; anchored or not is one."""
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.complex64]
     params = [random(3, seed=i, dtype=d).to(DEVICE) for i, d in enumerate(dtypes * 2)]
     anchored = {"params": params[4:], "anchor": anchors_of(params[4:])}
@@ -626,7 +640,7 @@ def test_types_have_launches_of_their_own(launched: list[Any]) -> None:
 
 def test_pieces_cover_every_element_once() -> None:
     sizes = [0, 1, 1024, 0, 1025, 5000, 3]
-    pieces, firsts = triton_backend._pieces(sizes, 1024, torch.device("cpu"))
+    pieces, firsts = triton_lists.pieces(sizes, 1024, torch.device("cpu"))
     covered = [torch.zeros(size, dtype=torch.int64) for size in sizes]
     for tensor, number in pieces.tolist():
         covered[tensor][1024 * number : 1024 * (number + 1)] += 1
@@ -637,7 +651,7 @@ def test_pieces_cover_every_element_once() -> None:
 
 
 def test_pieces_of_a_tensor_with_more_elements_than_an_int32_counts() -> None:
-    pieces, firsts = triton_backend._pieces([2**33 + 1], 2**20, torch.device("cpu"))
+    pieces, firsts = triton_lists.pieces([2**33 + 1], 2**20, torch.device("cpu"))
     assert pieces[-1].tolist() == [0, 2**13]
     assert firsts.tolist() == [0, 2**13 + 1]
 
@@ -753,7 +767,7 @@ def test_tensors_that_change_between_steps(
 
 
 @needs_native
-def test_hyper_parameters_that_change_between_steps() -> None:
+def test_options_that_change_between_steps() -> None:
     changes: list[dict[str, Any]] = [
         {"lr": 0.2},
         {"cautious": True},
@@ -782,26 +796,38 @@ def test_autograd_notices_the_update() -> None:
 # ---- numbers on the device -----------------------------------------------------------------------
 
 
-class Capturable:
-    """An optimizer's groups and states, stepped by a plan whose numbers live on the device."""
+def options_of(optimizer: Any) -> list[GroupOptions]:
+    return [optimizer._read(group, i) for i, group in enumerate(optimizer.param_groups)]
+
+
+def parameters_of(optimizer: Any, options: Sequence[GroupOptions]) -> list[Parameter]:
+    """All parameters as a backend is handed them, with complete states."""
+    for i, _, _, p in groups.parameters(optimizer.param_groups):
+        given = optimizer._run.given.pop(p, None)
+        state.complete(p, optimizer.state[p], options[i], given)
+    return groups.as_parameters(optimizer.param_groups, optimizer.state, options)
+
+
+class Counting:
+    """An optimizer's groups and states, stepped by a plan whose numbers are on the device."""
 
     def __init__(self, optimizer: Any, params: list[Tensor]) -> None:
-        optimizer._refresh_hypers()
-        self.state, groups, hypers = optimizer.state, optimizer.param_groups, optimizer._hypers
-        for p in params:
-            state = optimizer._complete_state(p, hypers[0])
-            state["step"] = state["step"].to(p.device)
-        device = params[0].device
-        self.lr = torch.tensor(hypers[0].lr, dtype=torch.float64, device=device)
-        self.weight_decay = torch.tensor(hypers[0].weight_decay, dtype=torch.float64, device=device)
-        live = {"lr": self.lr, "weight_decay": self.weight_decay}
-        groups[0]["capturable"] = True
-        self._arguments = self.state, groups
+        self.state, param_groups = optimizer.state, optimizer.param_groups
+        (before,) = options_of(optimizer)
+        self.lr, self.weight_decay = (
+            torch.tensor(x, dtype=torch.float64, device=params[0].device)
+            for x in (before.lr, before.weight_decay)
+        )
+        options = before.replace(
+            device_numbers={"lr": self.lr, "weight_decay": self.weight_decay},
+            lr=float("nan"),
+            weight_decay=float("nan"),
+        )
+        param_groups[0]["capturable"] = True
+        self._arguments = self.state, param_groups
         self.request = Request()
         self._plan = triton_backend.Plan(
-            [Parameter(p, self.state[p], 0, "", i) for i, p in enumerate(params)],
-            [dataclasses.replace(hypers[0], live=live, lr=float("nan"), weight_decay=float("nan"))],
-            *self._arguments,
+            parameters_of(optimizer, [options]), [options], *self._arguments
         )
 
     @torch.no_grad()
@@ -809,13 +835,48 @@ class Capturable:
         assert self._plan.step(*self._arguments, self.request)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+SCHEDULED = [
+    Variant("decoupled", {"decay_scale": "independent", "decay_schedule": wd.schedules.inverse(2)}),
+    Variant("spd", {"decay_schedule": wd.schedules.product(wd.schedules.late(2), wd.schedules.inverse(1))}),
+]
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *SCHEDULED], ids=str)
 def test_numbers_of_the_device_are_those_of_the_host(variant: Variant) -> None:
     """Other functions compute 1 - beta^t, so a float64 may differ in its last digits."""
     options: dict[str, Any] = {"shapes": [(5,), (2, 3)], "dtypes": [torch.float64]}
-    actual = run(lambda params: Capturable(variant.build(params, "eager"), params), **options)
+    actual = run(lambda params: Counting(variant.build(params, "eager"), params), **options)
     expected = run(lambda params: variant.build(params, "eager"), device="cpu", **options)
     assert_close(actual, expected, 1e-12)
+
+
+CHANGED: dict[str, Any] = {
+    "lr": 0.5,
+    "betas": (0.1, 0.2),
+    "eps": 0.5,
+    "weight_decay": 0.5,
+    "maximize": True,
+    "decay_schedule": wd.schedules.inverse(3),
+    "seed": 5,
+    "ema_decay": wd.schedules.linear(0.1, 0.2, steps=7),
+    "decay_scale": "independent",
+    "lr_max": 3.0,
+}
+
+
+def test_every_option_and_stream_has_a_word() -> None:
+    """Options that decide over streams, the kernels know from those; `cautious` is a tensor's."""
+    before = options_of(Variant("decoupled").build([torch.ones(1)], "triton"))[0]
+    words = triton_tables.option_words(before)
+    assert len(words) == len(triton_tables.OPTIONS)
+    numbers = {name for name, row in GROUP_OPTIONS.items() if not row.streams} | {"ema_decay"}
+    assert numbers - {*triton_tables.TensorWords._fields} == CHANGED.keys()
+    for name, value in CHANGED.items():
+        assert triton_tables.option_words(before.replace(**{name: value})) != words, name
+    streams = {entry.stream or entry.name for entry in state.ENTRIES} - {"step"}
+    assert streams == {*triton_tables.STREAMS}
+    kinds = {kind for kind in wd.schedules._KEYS if kind != "product"}
+    assert kinds == {*triton_tables.SCHEDULE_KINDS}
 
 
 def test_lr_and_weight_decay_are_read_at_every_step() -> None:
@@ -824,7 +885,7 @@ def test_lr_and_weight_decay_are_read_at_every_step() -> None:
         params = [random(6, seed=i).to(DEVICE) for i in range(2)]
         optimizer: Any = Variant("decoupled").build(params, "eager")
         if capturable:
-            optimizer = Capturable(optimizer, params)
+            optimizer = Counting(optimizer, params)
         for t, (lr, weight_decay) in enumerate([(0.1, 0.2), (0.3, 0.2), (0.3, 0.0)]):
             if capturable:
                 optimizer.lr.fill_(lr)
@@ -836,13 +897,18 @@ def test_lr_and_weight_decay_are_read_at_every_step() -> None:
     assert_close(runs[1], runs[0], 1e-13)
 
 
+def capturing(patch: pytest.MonkeyPatch) -> None:
+    for module in (triton_lists, triton_backend):
+        patch.setattr(module, "capturing", lambda: True)
+
+
 def test_each_capture_needs_a_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a graph copies from is set aside outside of it, for one graph alone."""
     params = [random(6, seed=i).to(DEVICE) for i in range(2)]
-    optimizer = Capturable(Variant("decoupled").build(params, "eager"), params)
+    optimizer = Counting(Variant("decoupled").build(params, "eager"), params)
     train(optimizer, params, range(1))
     with monkeypatch.context() as patch:
-        patch.setattr(triton_backend, "_capturing", lambda: True)
+        capturing(patch)
         optimizer.step()
         with pytest.raises(RuntimeError, match="run one, with the same parameters, before each"):
             optimizer.step()
@@ -855,11 +921,11 @@ def test_a_capture_needs_capturable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it lr and weight_decay would stay as they are, though the device counts the steps."""
     params = [random(6, seed=i).to(DEVICE) for i in range(2)]
     plain = Variant("decoupled").build(params, "eager")
-    optimizer = Capturable(plain, params)
+    optimizer = Counting(plain, params)
     train(optimizer, params, range(1))
     before = snapshot(optimizer, params)
     plain.param_groups[0]["capturable"] = False
-    monkeypatch.setattr(triton_backend, "_capturing", lambda: True)
+    capturing(monkeypatch)
     with pytest.raises(RuntimeError, match="only join with capturable=True"):
         optimizer.step()
     assert_same_bits(snapshot(optimizer, params), before)
@@ -869,11 +935,11 @@ def test_a_capture_needs_capturable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_random_bits_and_averages_from_steps_that_the_device_counts(index: int) -> None:
     case = STORED[index]
     options: dict[str, Any] = {"shapes": [(5,), (2, 3)], "dtypes": case.dtypes}
-    actual = run(lambda p: Capturable(case.build(p, "eager"), p), **options)
+    actual = run(lambda p: Counting(case.build(p, "eager"), p), **options)
     expected = run(lambda p: case.build(p, "triton"), **options)
     assert actual.keys() == expected.keys()
     for name, x in actual.items():  # but for the last bit of a coefficient
-        if x.dtype in storage.NARROW:
+        if x.dtype in NARROW:
             assert (bits(x).int() - bits(expected[name]).int()).abs().max() <= 1, name
             assert (bits(x) == bits(expected[name])).double().mean() >= 0.9, name
         else:
@@ -886,7 +952,7 @@ def test_the_device_alone_knows_that_a_step_is_skipped(method: str, amsgrad: boo
     """Kernels write nothing, and count nothing but the skipped step; then it goes on from there."""
     params = [random(1100, seed=i, dtype=torch.float32).to(DEVICE) for i in range(2)]
     options: dict[str, Any] = {"ema_decay": 0.5, "moment_dtype": torch.bfloat16}
-    optimizer = Capturable(
+    optimizer = Counting(
         Variant(method, {"amsgrad": amsgrad}).build(params, "eager", **options), params
     )
     table = torch.zeros(2, len(COLUMNS), dtype=torch.float64, device=DEVICE)
@@ -913,6 +979,225 @@ def test_the_device_alone_knows_that_a_step_is_skipped(method: str, amsgrad: boo
     assert skipped.item() == 2
     assert snapshot(optimizer, params)["step 1"].item() == 2
     assert (table[:, 0] > 0).all()
+
+
+# ---- phase by phase ------------------------------------------------------------------------------
+
+
+def by_phases(
+    plans: Sequence[triton_backend.Plan], arguments: Sequence[Any], request: Sequence[Request]
+) -> bool:
+    """A step of several plans at once, whose rows of the sums are added up as those of shards."""
+    steps = [plan.begin(*a, r) for plan, a, r in zip(plans, arguments, request, strict=True)]
+    if any(step is None for step in steps):
+        return False
+
+    def add_up(columns: slice) -> None:
+        added = torch.stack([step.sums[:, columns] for step in steps]).sum(0)
+        for step in steps:
+            step.sums[:, columns] = added
+
+    rounds = steps[0].reductions
+    for each in range(max(1, rounds)):
+        if each < rounds:
+            for step in steps:
+                step.reduce(each)
+            add_up(slice(int(each > 0), 1 if rounds - each > 1 else 2))
+        if not all([step.decide(each) for step in steps]):
+            return True
+    for step in steps:
+        step.update()
+    add_up(slice(2, None))
+    for step in steps:
+        step.finish()
+    return True
+
+
+@pytest.fixture
+def in_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(plan: Any, states: Any, param_groups: Any, request: Request) -> bool:
+        return by_phases([plan], [(states, param_groups)], [request])
+
+    monkeypatch.setattr(triton_backend.Plan, "step", step)
+
+
+@pytest.mark.parametrize("index", range(len(STORED)), ids=lambda i: str(STORED[i]))
+def test_phases_have_the_bits_of_the_whole_step(index: int, in_phases: None) -> None:
+    """What is fused is compared with what is not: the one is cached, of other tests' runs."""
+    case = STORED[index]
+    found = run(lambda params: case.build(params, "triton"), dtypes=case.dtypes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend.Plan, "step", FUSED)
+        assert_same_bits(found, stored(index, "triton"))
+
+
+FUSED = triton_backend.Plan.step
+
+
+@pytest.mark.parametrize("variant", MEASURED, ids=str)
+def test_phases_clip_measure_and_average_with_the_same_bits(
+    variant: Variant, monkeypatch: pytest.MonkeyPatch, in_phases: None
+) -> None:
+    """In lists of several types, one of them with tensors that have no elements."""
+    options: dict[str, Any] = {
+        "dtypes": [torch.float64, torch.float32],
+        "shapes": [(3, 5), (), (0, 3), (300,)],
+        "steps": 3,
+    }
+    found = run(lambda p: variant.build(p, "triton", **EVERYTHING), **options)
+    monkeypatch.setattr(triton_backend.Plan, "step", FUSED)
+    assert_same_bits(found, run(lambda p: variant.build(p, "triton", **EVERYTHING), **options))
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("method", REDUCING)
+def test_phases_of_large_tensors_differ_by_the_order_of_a_norm(
+    method: str, amsgrad: bool, monkeypatch: pytest.MonkeyPatch, in_phases: None
+) -> None:
+    """A whole step adds up the parts of all tensors at once, where the table has one number for each
+    tensor; everything else has the same bits."""
+    variant = Variant(method, {"amsgrad": amsgrad}, anchored=True)
+    options: dict[str, Any] = {"dtypes": [torch.float64], "shapes": [(3 * 16384 + 1030,), (40,)]}
+    runs: dict[str, list[dict[str, Tensor]]] = {"plain": [], "clipped": []}
+    for _ in range(2):
+        for name, more in (("plain", {}), ("clipped", {"max_grad_norm": 0.5, "telemetry_every": 1})):
+            build = lambda p, more=more: variant.build(p, "triton", **more)  # noqa: E731
+            runs[name].append(run(build, steps=2, **options))
+        monkeypatch.setattr(triton_backend.Plan, "step", FUSED)
+    assert_same_bits(*runs["plain"])
+    assert_close(*runs["clipped"], 1e-14)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_phases_of_a_scaled_step_and_of_a_skipped_one(
+    method: str, monkeypatch: pytest.MonkeyPatch, in_phases: None
+) -> None:
+    def build(params: list[Tensor]) -> Any:
+        kept = Variant(method, {"amsgrad": True}).build(params, "triton", telemetry_every=1)
+        return Scaled(kept, 4.0, skipped=[1])
+
+    options: dict[str, Any] = {"shapes": [(5,), (2, 3)], "dtypes": [torch.float64], "steps": 3}
+    found = run(build, **options)
+    monkeypatch.setattr(triton_backend.Plan, "step", FUSED)
+    assert_same_bits(found, run(build, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "rounds"),
+    [
+        ({}, {"l2": 0, "swd": 1, "spd": 0}),
+        ({"amsgrad": True}, {"l2": 0, "swd": 1, "spd": 0}),
+        ({"telemetry_every": 1}, {"l2": 1, "swd": 1, "spd": 1}),
+        ({"max_grad_norm": 1.0}, {"l2": 1, "swd": 1, "spd": 1}),
+        ({"max_grad_norm": 1.0, "amsgrad": True}, {"l2": 1, "swd": 2, "spd": 1}),
+    ],
+    ids=lambda x: "-".join(x),
+)
+def test_rounds_of_sums_before_the_update(
+    options: dict[str, Any], rounds: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for method, expected in rounds.items():
+        found = []
+
+        def step(plan: Any, states: Any, param_groups: Any, request: Request, kept=found) -> bool:
+            kept.append(plan.begin(states, param_groups, request).reductions)
+            return FUSED(plan, states, param_groups, request)
+
+        monkeypatch.setattr(triton_backend.Plan, "step", step)
+        params = [random(5, seed=1).to(DEVICE)]
+        train(Variant(method).build(params, "triton", **options), params, range(1))
+        assert found == [expected], method
+
+
+# A tensor's rows, columns or elements in two shards: which part of a dimension the first one is, and
+# the numbers of a shard's elements.
+SHARDS = [((6, 4), 0, 4), ((5, 6), 1, 2), ((3,), 0, 3), ((700, 2), 0, 1)]
+
+
+def shard(x: Tensor, i: int, rank: int) -> Tensor:
+    _, dim, size = SHARDS[i]
+    return x.tensor_split([size], dim)[rank].contiguous()
+
+
+def numbering(i: int, rank: int) -> Numbering:
+    shape, dim, size = SHARDS[i]
+    if dim == 0:
+        return Numbering(first=rank * size * (shape[1] if len(shape) > 1 else 1))
+    return Numbering(first=rank * size, run=(size, shape[1] - size)[rank], pitch=shape[1])
+
+
+class Sharded:
+    """An optimizer's groups and states as one process has them, which holds a shard of each tensor."""
+
+    def __init__(self, optimizer: Any, rank: int) -> None:
+        self.arguments = optimizer.state, optimizer.param_groups
+        options = options_of(optimizer)
+        parameters = [
+            p._replace(total=torch.Size(SHARDS[i][0]).numel(), numbering=numbering(i, rank))
+            for i, p in enumerate(parameters_of(optimizer, options))
+        ]
+        self.plan = triton_backend.Plan(parameters, options, *self.arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_two_shards_step_as_the_whole(method: str, amsgrad: bool, dtype: torch.dtype) -> None:
+    """Also one without elements. Random bits are those of the whole tensor's elements."""
+    variant = Variant(method, {"amsgrad": amsgrad}, anchored=True)
+    more: dict[str, Any] = {"moment_dtype": BF16} if dtype == BF16 else {}
+    kept = [random(*shape, seed=i, dtype=dtype) for i, (shape, *_) in enumerate(SHARDS)]
+    anchors = anchors_of(kept)
+
+    def request(norm: bool) -> Request:
+        asked = {
+            "telemetry": torch.zeros(len(SHARDS), len(COLUMNS), dtype=torch.float64, device=DEVICE)
+        }
+        if norm:
+            asked["grad_norm"] = torch.zeros((), dtype=torch.float64, device=DEVICE)
+        return Request(**asked, max_grad_norm=0.5 if norm else float("inf"))
+
+    whole = [w.clone().to(DEVICE) for w in kept]
+    one = variant.build(whole, "triton", [a.to(DEVICE) for a in anchors], **more)
+    options = options_of(one)
+    plan = triton_backend.Plan(
+        parameters_of(one, options), options, one.state, one.param_groups
+    )
+    parts = [[shard(w, i, rank).to(DEVICE) for i, w in enumerate(kept)] for rank in range(2)]
+    built = [
+        variant.build(
+            part, "triton", [shard(a, i, rank).to(DEVICE) for i, a in enumerate(anchors)], **more
+        )
+        for rank, part in enumerate(parts)
+    ]
+    ranks = [Sharded(optimizer, rank) for rank, optimizer in enumerate(built)]
+    for t in range(2):
+        asked = [request(norm=t > 0) for _ in range(3)]
+        for i, w in enumerate(whole):
+            g = random(*w.shape, seed=50 * t + i, dtype=dtype)
+            w.grad = g.to(DEVICE)
+            for rank in range(2):
+                parts[rank][i].grad = shard(g, i, rank).to(DEVICE)
+        with torch.no_grad():
+            assert plan.step(one.state, one.param_groups, asked[0])
+            arguments = [each.arguments for each in ranks]
+            assert by_phases([each.plan for each in ranks], arguments, asked[1:])
+        for other in asked[1:]:
+            torch.testing.assert_close(other.telemetry, asked[0].telemetry, rtol=1e-12, atol=1e-15)
+            if t > 0:
+                torch.testing.assert_close(other.grad_norm, asked[0].grad_norm)
+
+    for i, (_, dim, _) in enumerate(SHARDS):
+        together = {"weight": torch.cat([part[i] for part in parts], dim)}
+        expected = {"weight": whole[i]}
+        for key in one.state[whole[i]]:
+            own = [each.state[part[i]][key] for each, part in zip(built, parts, strict=True)]
+            together[key] = torch.cat(own, dim) if own[0].dim() else own[0]
+            expected[key] = one.state[whole[i]][key]
+        if dtype == BF16:
+            assert_same_bits(together, expected)
+        else:
+            assert_close(together, expected, 1e-13)
 
 
 # ---- what can't be had ---------------------------------------------------------------------------
@@ -972,7 +1257,7 @@ SIZES = {"fp32": 4, "fp64": 8, "bf16": 2, "fp16": 2}
 
 
 def streams(variant: triton_compile.Variant) -> tuple[list[int], list[int]]:
-    """The sizes of an element of each stream that a whole chunk reads, and that it writes."""
+    """The sizes of an element of each stream that a full chunk reads, and that it writes."""
     weights, moments, anchors = (
         SIZES[variant.get(name) or variant.dtype] for name in ("weights", "moments", "anchors")
     )
@@ -988,7 +1273,7 @@ def streams(variant: triton_compile.Variant) -> tuple[list[int], list[int]]:
             ema = []
         return [*weight, weights, *kept, *anchor, *ema], [weights, *copy, *kept, *ema]
     if variant.kernel == "reduce_kernel":
-        return [weights] + [moments] * 2 * variant.has("AMSGRAD"), []
+        return [weights] + [moments] * 2 * variant.has("MAXIMA"), []
     if variant.kernel == "pull_kernel":
         stepped = [weights] if ema else []
         return [*weight, *anchor, *stepped, *ema], [weights, *copy, *ema]
@@ -1014,7 +1299,7 @@ def test_ptx(variant: triton_compile.Variant, target: str, code: Any) -> None:
         variant.dtype if variant.get("storage") == "master" or variant.has("AVERAGED") else None
     )
     types = [variant.get(name) for name in ("weights", "moments", "anchors")]
-    if variant.kernel == "reduce_kernel" and not variant.has("AMSGRAD"):
+    if variant.kernel == "reduce_kernel" and not variant.has("MAXIMA"):
         types[1] = None
     if loads:
         widest = max(SIZES[x] for x in [*types, copies] if x)

@@ -66,7 +66,8 @@ class Plan:
         param_groups: list[dict[str, Any]],
     ) -> None:
         self._weights = Weights(parameters)
-        self._device = parameters[0].tensor.device if parameters else torch.device("cpu")
+        devices = (p.tensor.device for p in parameters if p.state is not None)
+        self._device = next(devices, torch.device("cpu"))
         self._on_gpu = _is_gpu(self._device)
         self._options = list(options)  # the core reads their tensors' memory
         self._method_sums = any(each.method in ("swd", "spd") for each in options)

@@ -92,6 +92,10 @@ class Plan:
             self.active = None  # the tables say who is
         self._options[group] = options
 
+    def set_number(self, group: int, name: str, value: float) -> None:
+        """One of lr, beta1, beta2, eps and weight_decay has changed, and nothing else."""
+        setattr(self._options[group], name, value)
+
     def step(
         self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]], request: Request
     ) -> bool:

@@ -46,7 +46,6 @@ from wdkernels.triton_rule import (
 from wdkernels.triton_streams import (
     ACTIVE,
     EXP_AVG_SQ_SUM,
-    MAX_EXP_AVG_SQ,
     NUMBERS,
     SCALE,
     SKIP,
@@ -161,7 +160,7 @@ def fold_spans_kernel(
     i = tl.program_id(0).to(tl.int64)
     row = row_of_sums(sums, tensors, i)
     found = total(partials, tl.load(firsts + i), tl.load(firsts + i + 1), 1)
-    maxima = tl.load(tensors + i * WORDS + MAX_EXP_AVG_SQ) != 0 if MAXIMA else False
+    maxima = tl.load(tensors + i * WORDS + EXP_AVG_SQ_SUM) == 0 if MAXIMA else False
     if MAXIMA:
         tl.store(row + MAXIMUM, found, maxima)
     if SQUARES:
@@ -428,12 +427,12 @@ def share_of_v_kernel(tensors, rows, firsts, unrounded, decision, partials, sums
     i = tl.program_id(0).to(tl.int64)
     words = tensors + i * WORDS
     numbers = unrounded + tl.load(rows + i) * UNROUNDED
+    kept = tl.load(words + EXP_AVG_SQ_SUM)  # 0: there are maxima, where v has any elements
     if partials is not None:
         found = total(partials, tl.load(firsts + i), tl.load(firsts + i + 1), 1)
     else:
-        column = tl.where(tl.load(words + MAX_EXP_AVG_SQ) != 0, MAXIMUM, GRADIENT2)
+        column = tl.where(kept != 0, GRADIENT2, MAXIMUM)
         found = tl.load(row_of_sums(sums, tensors, i) + column)
-    kept = tl.load(words + EXP_AVG_SQ_SUM)
     if kept != 0:
         kept_at = kept.to(tl.pointer_type(tl.float64))
         size = tl.load(words + TOTAL)

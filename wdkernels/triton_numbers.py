@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 
 from wdkernels.coefficients import Coefficients, ScheduleFactor
+from wdkernels.options import DECAY_SCALES
 from wdkernels.triton_rule import step_key
 from wdkernels.triton_streams import NUMBERS, UNROUNDED, columns, only, proceeds, store_row
-from wdkernels.triton_tables import DECAY_SCALES, OPTIONS, SCHEDULE_KINDS, Unrounded
+from wdkernels.triton_tables import OPTIONS, SCHEDULE_KINDS, Unrounded
 
 TENSORS = tl.constexpr(128)  # whose numbers a program computes
 PI = tl.constexpr(math.pi)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from wdkernels.coefficients import ScheduleFactor, average_factors, factors
-from wdkernels.options import GroupOptions
+from wdkernels.options import DECAY_SCALES, GroupOptions
 
 
 class TensorWords(NamedTuple):
@@ -56,8 +56,7 @@ DECISION = ("scale", "unscale", "skip")  # scale of the gradients: unscaled and 
 
 # ---- a group's options, for steps that the device counts -----------------------------------------
 
-# Which of them there are is said by their positions, as in csrc/options.h.
-DECAY_SCALES = ("lr", "relative_lr", "corrected", "independent")
+# A name among the options is sent as its position here, or in DECAY_SCALES.
 SCHEDULE_KINDS = ("constant", "window", "linear", "cosine", "inverse")
 
 _PLAIN: dict[str, Callable[[GroupOptions], float]] = {
