@@ -1,8 +1,8 @@
 """What every backend is given, and what it must be able to do.
 
 A backend is a module with two things: `refuses(tensors)`, why it cannot update these tensors or
-None, and `Plan`, below. It sees plain tensors of one process: those of a DTensor are its local shard,
-and `Numbering` says which of the whole tensor's elements they are.
+None, and `Plan`, below. It sees plain tensors of one process: those of a DTensor are its local
+shard, and `Numbering` says which of the whole tensor's elements they are.
 """
 
 from __future__ import annotations
@@ -171,11 +171,10 @@ _ORDER: _Questions = (Tensor.size, Tensor.stride, attrgetter("dtype"), Tensor.ge
 
 
 class Watch:
-    """Finds at each step whether a plan's tensors are what and where they were, which parameters have
-    a gradient, and these gradients, in the order of the weights.
+    """Finds at each step whether a plan's tensors are what and where they were, which parameters
+    have a gradient, and these gradients, in the order of the weights.
 
-    It is for a backend whose plan is kept in Python; the compiled module has its own. Costs are those
-    of a few calls for each tensor: a step asks all tensors one question after the other.
+    It is for a backend whose plan is kept in Python; the compiled module looks for itself.
     """
 
     def __init__(
@@ -259,8 +258,8 @@ class Watch:
 
 
 class _Shards:
-    """Tensors, and what of them lies in this process. That of a DTensor may be another tensor in each
-    step."""
+    """Tensors, and what of them lies in this process: a DTensor's shard, which may be another one
+    in each step."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.sharded = [i for i, x in enumerate(tensors) if layouts.local(x) is not x]

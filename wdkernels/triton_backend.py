@@ -7,7 +7,6 @@ kernels and never waits for the device.
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -275,26 +274,21 @@ class Step:
         return self.sums[:, SUMS.index("gradient2")].index_select(0, self._plan.order())
 
     def _decide_scale(self, squares: Tensor | None) -> None:
-        """What norm and GradScaler mean for all tensors; nothing, if nobody asks for the one or has
+        """What norm and GradScaler mean for all tensors; nothing if nobody asks for the one or has
         the other."""
         request, device = self._request, self._plan.device
-        if not (request.needs_norm or request.grad_scale is not None or request.found_inf is not None):
-            self._start()
-            return
-        self._decision = torch.empty(len(DECISION), dtype=torch.float64, device=device)
-        launch(
-            device,
-            kernels().decide_kernel,
-            1,
-            *(squares, 0 if squares is None else len(squares)),
-            *(None if squares is None else self._plan.limit(request.max_grad_norm),),
-            *(request.grad_scale, request.found_inf, self._decision),
-            *(request.grad_norm, request.skipped),
-            SKIP_NONFINITE=request.skip_nonfinite,
-        )
-        self._start()
-
-    def _start(self) -> None:
+        given = (request.grad_scale, request.found_inf)
+        if squares is not None or given != (None, None):
+            self._decision = torch.empty(len(DECISION), dtype=torch.float64, device=device)
+            launch(
+                device,
+                kernels().decide_kernel,
+                1,
+                *(squares, 0 if squares is None else len(squares)),
+                None if squares is None else self._plan.limit(request.max_grad_norm),
+                *(*given, self._decision, request.grad_norm, request.skipped),
+                SKIP_NONFINITE=request.skip_nonfinite,
+            )
         copies: dict[torch.device, Tensor] = {}
         for each in self._lists:
             if self._decision is not None and each.device not in copies:
