@@ -9,8 +9,8 @@ import torch
 
 from bench import machine
 from bench.contenders import contenders
-from bench.runner import Case
-from bench.workloads import FULL, QUICK, on_gpu
+from bench.runner import cases_of, workloads_of
+from bench.workloads import FULL, ONE_THREAD, QUICK, on_gpu
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--quick": {
@@ -33,10 +33,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "name" in metafunc.fixturenames:
-        metafunc.parametrize("name", list(_cases(metafunc.config)))
+    device = _device(metafunc.config)
+    if "case" in metafunc.fixturenames:
+        option = metafunc.config.getoption
+        workloads = workloads_of(device, option("--quick"), option("--workload"))
+        here = (w for w in workloads if ONE_THREAD not in w.parts)  # others need another process
+        metafunc.parametrize("case", [x for w in here for x in cases_of(w, device)], ids=str)
     if "contender" in metafunc.fixturenames:
-        steps = [c for c in contenders(_device(metafunc.config)) if c.method != "limit"]
+        steps = [c for c in contenders(device) if c.method != "limit"]
         metafunc.parametrize("contender", steps, ids=lambda contender: contender.name)
 
 
@@ -49,27 +53,5 @@ def device(pytestconfig: pytest.Config) -> torch.device:
     return _device(pytestconfig)
 
 
-@pytest.fixture(scope="session")
-def cases(pytestconfig: pytest.Config) -> dict[str, Case]:
-    return _cases(pytestconfig)
-
-
 def _device(config: pytest.Config) -> torch.device:
     return torch.device(config.getoption("--device"))
-
-
-def _cases(config: pytest.Config) -> dict[str, Case]:
-    device = _device(config)
-    full = FULL if device.type == "cpu" else on_gpu(machine.gpu_memory(device))
-    workloads = QUICK if config.getoption("--quick") else full
-    if names := config.getoption("--workload"):
-        workloads = tuple(w for w in (*full, *QUICK) if w.name in names)
-    cases = (
-        Case(workload, contender, groups)
-        for workload in workloads
-        for groups in workload.groups
-        for contender in contenders(device)
-        if workload.part in contender.parts and contender.maker not in workload.without
-        if groups == 1 or contender.method != "limit"  # memory knows no groups
-    )
-    return {str(case): case for case in cases}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +12,11 @@ from typing import Any
 import torch
 
 import wdkernels as wd
-from bench import limit, papers, separate
-from bench.workloads import DECAYS, WHOLE
+from bench import deepspeed, limit, papers, separate
+from bench.workloads import DECAYS, MANY, ONE_THREAD, WHOLE
 
 Groups = list[dict[str, Any]]
-BOTH = (DECAYS, WHOLE)
+EVERYWHERE = (DECAYS, WHOLE, ONE_THREAD)
 
 ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 MAX_NORM = 1.0  # far less than the gradients have: they are clipped in each step
@@ -40,6 +39,10 @@ MASTER = 6  # read and written in 4 bytes, instead of w, which is written only
 BF16_MOMENTS = -8  # m and v in 2 bytes each
 
 
+def nothing(optimizer: Any) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Contender:
     maker: str
@@ -53,7 +56,7 @@ class Contender:
     every: int = 1  # takes part in every so many-th round; the slow ones need not be in each
     dtype: torch.dtype = torch.float32  # of weights and gradients
     parts: tuple[str, ...] = (DECAYS,)  # those of the comparison that it belongs to
-    look_up: Callable[[Any], None] = lambda optimizer: None  # done before the clock starts
+    prepare: Callable[[Any], None] = nothing  # done before the clock starts
 
     @property
     def name(self) -> str:
@@ -73,7 +76,7 @@ def contenders(device: torch.device) -> list[Contender]:
         *_apex(device),
         *_deepspeed(device),
         *_separate(),
-        *_eager(),
+        *_papers(),
     ]
 
 
@@ -87,6 +90,7 @@ def _contender(
     fires: bool = False,
     every: int = 1,
     parts: tuple[str, ...] = (DECAYS,),
+    prepare: Callable[[Any], None] = nothing,
     **options: Any,
 ) -> Contender:
     return Contender(
@@ -98,17 +102,24 @@ def _contender(
         every=every,
         dtype=dtype,
         parts=parts,
+        prepare=prepare,
     )
+
+
+def next_lr(optimizer: Any) -> None:
+    """What a scheduler does between two steps."""
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.999
 
 
 def _limit(device: torch.device) -> list[Contender]:
     if device.type != "cpu":
         total = limit.Copy.BYTES
-        return [Contender("memory", "limit", limit.Copy, total_bytes=total, parts=BOTH)]
+        return [Contender("memory", "limit", limit.Copy, total_bytes=total, parts=EVERYWHERE)]
     if limit.compiler() is None:
         return []
     look_up = limit.Stream.look_up
-    return [Contender("memory", "limit", limit.Stream, look_up=look_up, parts=BOTH)]
+    return [Contender("memory", "limit", limit.Stream, prepare=look_up, parts=EVERYWHERE)]
 
 
 def _ours(backend: str) -> list[Contender]:
@@ -116,7 +127,8 @@ def _ours(backend: str) -> list[Contender]:
     adamw = partial(ours, factory=wd.AdamW)
     spd = partial(ours, factory=wd.AdamSPD, weight_decay=1.0)
     return [
-        adamw("AdamW", parts=BOTH),
+        adamw("AdamW", parts=EVERYWHERE),
+        adamw("AdamW, scheduled", prepare=next_lr, parts=(MANY,)),
         adamw("AdamW schedule", decay_schedule=wd.schedules.cosine(1.0, 0.5, steps=1000)),
         adamw("AdamW relative_lr", decay_scale="relative_lr", weight_decay=1e-5),
         adamw("AdamW corrected", decay_scale="corrected"),
@@ -168,7 +180,7 @@ def _ours_in_triton() -> list[Contender]:
     spd = partial(ours, factory=wd.AdamSPD, weight_decay=1.0, more=ANCHOR)
     wholes = {each.method: each for each in _our_whole_steps(backend, maker)}
     return [
-        ours("AdamW", wd.AdamW, parts=BOTH),
+        ours("AdamW", wd.AdamW, parts=EVERYWHERE),
         _ours_in_bf16(backend, maker)[0],
         *(wholes[method] for method in ("AdamW all", "AdamW all, measured")),
         ours("AdamSWD", wd.AdamSWD, more=NORM),
@@ -178,12 +190,15 @@ def _ours_in_triton() -> list[Contender]:
 
 
 def _torch() -> list[Contender]:
-    adamw = partial(_contender, method="AdamW", factory=torch.optim.AdamW)
+    def adamw(maker: str, method: str = "AdamW", **options: Any) -> Contender:
+        return _contender(maker, method, torch.optim.AdamW, **options)
+
     return [
-        adamw("torch fused", fused=True, parts=BOTH),
+        adamw("torch fused", fused=True, parts=EVERYWHERE),
+        adamw("torch fused", "AdamW, scheduled", fused=True, prepare=next_lr, parts=(MANY,)),
         adamw(
             "torch fused",
-            method="AdamW bf16",  # moments have the weights' type in torch
+            "AdamW bf16",  # moments have the weights' type in torch
             dtype=torch.bfloat16,
             fused=True,
             more=BF16_MOMENTS,
@@ -191,7 +206,7 @@ def _torch() -> list[Contender]:
         ),
         adamw("torch foreach", foreach=True, every=4),
         adamw("torch single", foreach=False, every=4),
-        adamw("torch fused", method="AdamW amsgrad", fused=True, amsgrad=True, more=AMSGRAD),
+        adamw("torch fused", "AdamW amsgrad", fused=True, amsgrad=True, more=AMSGRAD),
         _contender("torch fused", "Adam", torch.optim.Adam, fused=True),
     ]
 
@@ -204,30 +219,31 @@ def _apex(device: torch.device) -> list[Contender]:
     def build(params: Groups, **options: Any) -> Any:
         return import_module("apex.optimizers").FusedAdam(params, adam_w_mode=True, **options)
 
-    return [_contender("apex", "AdamW", build, parts=BOTH)]
+    return [_contender("apex", "AdamW", build, parts=EVERYWHERE)]
 
 
 def _deepspeed(device: torch.device) -> list[Contender]:
     """DeepSpeedCPUAdam or FusedAdam, where it is installed. The first use compiles it: minutes."""
-    if find_spec("deepspeed") is None:
+    installed = find_spec("deepspeed")
+    if installed is None:
         return []
+    if device.type != "cpu":
 
-    def build(params: Groups, **options: Any) -> Any:
-        if device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and says so
-        module = import_module("deepspeed.ops.adam")
-        if device.type == "cpu":
-            # Moments in float32, whatever the type of the weights.
-            more = {"adamw_mode": True, "fp32_optimizer_states": True}
-            return module.DeepSpeedCPUAdam(params, **more, **options)
-        return module.FusedAdam(params, adam_w_mode=True, **options)
+        def build(params: Groups, **options: Any) -> Any:
+            fused_adam = import_module("deepspeed.ops.adam").FusedAdam
+            return fused_adam(params, adam_w_mode=True, **options)
 
-    adamw = partial(_contender, "DeepSpeed", factory=build)
-    on_cpu = device.type == "cpu"
-    return [
-        adamw("AdamW", parts=BOTH),
-        *([adamw("AdamW bf16", dtype=torch.bfloat16, parts=(WHOLE,))] if on_cpu else []),
+        return [_contender("DeepSpeed", "AdamW", build, parts=EVERYWHERE)]
+
+    contenders = [
+        _contender("DeepSpeed", "AdamW", deepspeed.adamw, parts=EVERYWHERE),
+        _contender(
+            "DeepSpeed", "AdamW bf16", deepspeed.adamw, dtype=torch.bfloat16, parts=(WHOLE,)
+        ),
     ]
+    if deepspeed.has_multi(installed.submodule_search_locations or []):
+        contenders.append(_contender("DeepSpeed multi", "AdamW", deepspeed.adamw_multi))
+    return contenders
 
 
 def _separate() -> list[Contender]:
@@ -244,14 +260,14 @@ def _separate() -> list[Contender]:
     ]
 
 
-def _eager() -> list[Contender]:
-    eager = partial(_contender, "eager", backend="eager", every=6)
-    paper = partial(_contender, "paper", every=4)
+def _papers() -> list[Contender]:
+    paper = partial(_contender, "paper", every=6)
+    spd = partial(paper, factory=papers.AdamSPD, weight_decay=1.0, more=ANCHOR)
     return [
-        eager("AdamW", wd.AdamW),
-        eager("AdamSWD", wd.AdamSWD, more=NORM),
-        eager("AdamSPD fires", wd.AdamSPD, weight_decay=1.0, more=ANCHOR, fires=True),
-        paper("AdamSWD", papers.AdamSWD, more=NORM),
-        paper("AdamSPD fires", papers.AdamSPD, weight_decay=1.0, more=ANCHOR, fires=True),
-        paper("AdamSPD rests", papers.AdamSPD, weight_decay=1.0, more=ANCHOR),
+        paper("Adam unmixed", papers.AdamUnmixed),
+        paper("AdamW cautious", papers.AdamWCautious),
+        paper("AdamW anchor", papers.AdamWAnchored, more=ANCHOR),
+        paper("AdamSWD", papers.AdamSWD, more=NORM, every=4),
+        spd("AdamSPD fires", fires=True, every=4),
+        spd("AdamSPD rests", every=4),
     ]

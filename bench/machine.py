@@ -48,6 +48,20 @@ def title(description: dict[str, str | int]) -> str:
     return name if "driver" in description else f"{name}, {description['cores']} cores"
 
 
+def commit() -> str:
+    """Of this source tree; unknown where git cannot say it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        found = git("rev-parse", "--short=12", "HEAD")
+        return found + (" and uncommitted changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def gpu_memory(device: torch.device) -> int:
     """Bytes that a GPU has for us: what others and the driver take is a guess."""
     return torch.cuda.get_device_properties(device).total_memory * 9 // 10

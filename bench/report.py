@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bench import machine
+from bench import chart, machine
 from bench.results import Results, Row
 from bench.targets import targets
 
@@ -37,10 +38,12 @@ bfloat16; 4 more for what *kahan* keeps, 6 more for *master_weights*.
 (bench/limit.py).
 **Over fused** is the speed over that of torch.optim.AdamW(fused=True), whatever the method{groups}.
 
-*wdkernels* is this project, *eager* its formulas in plain PyTorch, *paper* the papers' formulas in
-the style of research code (bench/papers.py). AdamSPD *fires* where each step's decay fires for
-every tensor, and *rests* where for none; *zero* is an anchor at zero instead of the initial
-weights.
+*wdkernels* is this project, *paper* the papers' formulas in the style of research code
+(bench/papers.py), *DeepSpeed multi* one call for all tensors of a group (bench/deepspeed.py).
+*Scheduled* is a learning rate that changes in each step, *schedule* a decay that does. Workloads on
+one thread have a process of their own, with OMP_NUM_THREADS=1. AdamSPD *fires* where each step's
+decay fires for every tensor, and *rests* where for none; *zero* is an anchor at zero instead of the
+initial weights.
 
 *bf16* is wdkernels' default there, float32 moments and stochastic rounding; DeepSpeed has float32
 moments too and torch has bfloat16 ones, both round to the nearest. *Clip* is clipping of the
@@ -69,6 +72,16 @@ def print_table(results: Results, console: Console) -> None:
         console.print(line)
 
 
+def write(results: Results, folder: Path) -> Path:
+    """JSON, Markdown and a chart, whose common name is returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = folder / machine.slug(results.machine)
+    base.with_suffix(".json").write_text(to_json(results))
+    base.with_suffix(".md").write_text(to_markdown(results, f"{base.name}.png"))
+    chart.draw(results, base.with_suffix(".png"))
+    return base
+
+
 def to_json(results: Results) -> str:
     """Machine, date, commit, and a line for each row."""
     head = {
@@ -81,8 +94,8 @@ def to_json(results: Results) -> str:
     return json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n'
 
 
-def to_markdown(results: Results, chart: str) -> str:
-    return "\n".join(_markdown(results, chart)) + "\n"
+def to_markdown(results: Results, picture: str) -> str:
+    return "\n".join(_markdown(results, picture)) + "\n"
 
 
 def _entry(row: Row, results: Results) -> dict[str, Any]:
@@ -145,12 +158,12 @@ def _cells(row: Row, results: Results) -> tuple[str, ...]:
     )
 
 
-def _markdown(results: Results, chart: str) -> Iterator[str]:
+def _markdown(results: Results, picture: str) -> Iterator[str]:
     m = results.machine
     on_gpu = results.on_gpu
     grouped = any(row.groups > 1 for row in results.rows)
     yield f"# Speed on {machine.title(m)}\n"
-    yield f"![chart]({chart})\n"
+    yield f"![chart]({picture})\n"
     command = "make gpu" if on_gpu else "make bench"
     yield f"Measured on {results.date} at commit {results.commit} by `{command}`.\n"
     yield from _table(("", ""), m.items())

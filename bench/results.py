@@ -70,18 +70,6 @@ class Results:
     rows: tuple[Row, ...]
     absent: tuple[Absence, ...] = ()
 
-    @classmethod
-    def of(cls, benchmark_json: dict[str, Any], absent: Iterable[Absence] = ()) -> Results:
-        """From what pytest-benchmark writes."""
-        commit = benchmark_json["commit_info"]
-        return cls(
-            machine=benchmark_json["machine_info"],
-            date=benchmark_json["datetime"][:10],
-            commit=commit["id"][:12] + (" and uncommitted changes" if commit["dirty"] else ""),
-            rows=tuple(_row(b["stats"], **b["extra_info"]) for b in benchmark_json["benchmarks"]),
-            absent=tuple(absent),
-        )
-
     @property
     def on_gpu(self) -> bool:
         return any(row.kernel_seconds for row in self.rows)
@@ -102,13 +90,3 @@ class Results:
         """How many of its steps torch's fused AdamW takes the time of."""
         fused = self.find(row.workload, f"torch fused AdamW{row.in_groups}")
         return fused.time_over(row, wall) if fused else None
-
-
-def _row(
-    stats: dict[str, Any], *, rounds: list[int], kernel_seconds: list[float], **fields: Any
-) -> Row:
-    return Row(
-        **fields,
-        seconds=dict(zip(rounds, stats["data"], strict=True)),
-        kernel_seconds=dict(zip(rounds, kernel_seconds, strict=bool(kernel_seconds))),
-    )

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from datetime import date
+from multiprocessing import get_context
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from bench import machine
 from bench.clock import Clock, clock_of
-from bench.contenders import Contender
-from bench.workloads import Workload
+from bench.contenders import Contender, contenders
+from bench.results import Absence, Results, Row
+from bench.workloads import FULL, ONE_THREAD, QUICK, Workload, on_gpu
 
 WARM_UP = 2  # steps: the first makes the state, the second meets it where it will stay
 MOST_ROUNDS = 100
@@ -40,6 +46,23 @@ class Case:
     def __str__(self) -> str:
         groups = f" ({self.groups} groups)" if self.groups > 1 else ""
         return f"{self.workload.name}: {self.contender.name}{groups}"
+
+
+def workloads_of(device: torch.device, quick: bool, names: Sequence[str]) -> list[Workload]:
+    full = FULL if device.type == "cpu" else on_gpu(machine.gpu_memory(device))
+    if names:
+        return [w for w in (*full, *QUICK) if w.name in names]
+    return list(QUICK if quick else full)
+
+
+def cases_of(workload: Workload, device: torch.device) -> list[Case]:
+    return [
+        Case(workload, contender, groups)
+        for groups in workload.groups
+        for contender in contenders(device)
+        if set(workload.parts) & set(contender.parts) and contender.maker not in workload.without
+        if groups == 1 or contender.method != "limit"  # memory knows no groups
+    ]
 
 
 @dataclass
@@ -65,6 +88,49 @@ class Entrant:
 
     optimizer: Any
     lead: float  # seconds that the host needs to queue a step on a GPU, at most
+
+
+def run(workloads: Iterable[Workload], device: torch.device, console: Console) -> Results:
+    rows, absent = [], []
+    for workload in workloads:
+        cases = cases_of(workload, device)
+        if ONE_THREAD in workload.parts:
+            records = _on_one_thread(workload, device)
+        else:
+            records = list(measure(cases, device, console).values())
+        for case, record in zip(cases, records, strict=True):
+            if record.problem:
+                absent.append(Absence(workload.title, case.contender.name, record.problem))
+                console.print(record.trace, highlight=False, markup=False)
+            else:
+                rows.append(row_of(case, record))
+    return Results(
+        *(machine.describe(device), date.today().isoformat(), machine.commit()),
+        *(tuple(rows), tuple(absent)),
+    )
+
+
+def row_of(case: Case, record: Record) -> Row:
+    workload, contender = case.workload, case.contender
+    return Row(
+        *(workload.name, workload.title, contender.maker, contender.method),
+        *(case.groups, case.bytes, record.seconds, record.kernel_seconds),
+    )
+
+
+def _on_one_thread(workload: Workload, device: torch.device) -> list[Record]:
+    """OpenMP's threads are counted when a process first needs them: it takes one of its own."""
+    with (
+        mock.patch.dict(os.environ, OMP_NUM_THREADS="1"),
+        ProcessPoolExecutor(1, get_context("spawn")) as pool,
+    ):
+        return pool.submit(_records_of, workload, device).result()
+
+
+def _records_of(workload: Workload, device: torch.device) -> list[Record]:
+    assert torch.get_num_threads() == 1
+    cases = cases_of(workload, device)
+    return list(measure(cases, device, Console(stderr=True)).values())
 
 
 def measure(
@@ -138,7 +204,7 @@ class Arena:
 
     def __init__(self, workload: Workload, device: torch.device, clock: Clock) -> None:
         generator = torch.Generator(device).manual_seed(0)
-        self._clock = clock
+        self.clock = clock
         start = [
             torch.randn(shape, generator=generator, device=device) for shape in workload.shapes
         ]
@@ -152,7 +218,7 @@ class Arena:
         optimizer = case.contender.build(groups)
         for _ in range(WARM_UP):
             self._prepare(case.contender, optimizer, weights.outward)
-            self._clock.wait()
+            self.clock.wait()
             start = time.perf_counter()
             optimizer.step()
             host = time.perf_counter() - start
@@ -166,25 +232,24 @@ class Arena:
             if name == "exp_avg":
                 value.copy_(outward[index])
 
+    def prepare(self, case: Case, entrant: Entrant, untimed: int) -> None:
+        """Fresh gradients, after so many steps that nobody times."""
+        weights = self._of_type(case.contender.dtype)
+        gradients = weights.back if case.contender.fires else weights.outward
+        for left in range(untimed, -1, -1):
+            self._prepare(case.contender, entrant.optimizer, gradients)
+            if left:
+                entrant.optimizer.step()
+
     def turn(self, case: Case, entrant: Entrant, number: int, record: Record) -> None:
         """On a GPU, two steps: one for its clock and one for the host's."""
         step = entrant.optimizer.step
-        weights = self._of_type(case.contender.dtype)
-        prepare = partial(
-            self._prepare,
-            case.contender,
-            entrant.optimizer,
-            weights.back if case.contender.fires else weights.outward,
-        )
-        for _ in range(case.workload.untimed):
-            prepare()
-            step()
-        prepare()
-        kernel = self._clock.kernel(step, entrant.lead)
+        self.prepare(case, entrant, case.workload.untimed)
+        kernel = self.clock.kernel(step, entrant.lead)
         if kernel is not None:
             record.kernel_seconds[number] = kernel
-            prepare()
-        wall = record.seconds[number] = self._clock.wall(step)
+            self.prepare(case, entrant, untimed=0)
+        wall = record.seconds[number] = self.clock.wall(step)
         entrant.lead = min(entrant.lead, _lead(wall))
 
     def check(self) -> None:
@@ -204,7 +269,7 @@ class Arena:
             for p in weights.params:
                 p.grad = None
         torch.autograd.backward(self._weights[contender.dtype].params, gradients)
-        contender.look_up(optimizer)
+        contender.prepare(optimizer)
 
     def _share_state(self, optimizer: Any, params: list[Tensor]) -> None:
         for index, p in enumerate(params):

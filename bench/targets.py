@@ -21,8 +21,10 @@ PLAIN_DECAYS = (
 LARGE = ("32M", "gpt2", "resnet50")
 LARGE_ON_GPU = ("1G", "10x16M", "200x1M", "gpt2", "resnet50", "llama3-8b")
 WHOLE = ("32M-whole", "gpt2-whole", "resnet50-whole")
+ONE_THREAD = ("32M-1-thread", "half-gpt2-1-thread")
 WHOLE_ON_GPU = ("1G-whole", "gpt2-whole", "resnet50-whole")
 ADAMW, SWD, SPD = "wdkernels AdamW", "wdkernels AdamSWD", "wdkernels AdamSPD"
+SCHEDULED = f"{ADAMW}, scheduled"
 BF16, ALL, MEASURED = f"{ADAMW} bf16", f"{ADAMW} all", f"{ADAMW} all, measured"
 
 
@@ -70,6 +72,23 @@ ON_CPU = (
     Target("AdamW: speed over that of memory", "≥", 0.95, LARGE, "memory limit", ADAMW),
     Target("AdamW: speed over torch fused", "≥", 25, ("300x256",), "torch fused AdamW", ADAMW),
     Target("AdamW: a step of 1,000 parameters", "≤", 0.6, ("1000x16",), ADAMW, None),
+    Target(
+        "AdamW, scheduled: time over constant lr",
+        "≤",
+        1.15,
+        ("1000x16",),
+        SCHEDULED,
+        ADAMW,
+    ),
+    Target(
+        "AdamW, scheduled: the same in 100 groups",
+        "≤",
+        1.5,
+        ("1000x16",),
+        f"{SCHEDULED} (100 groups)",
+        f"{ADAMW} (100 groups)",
+    ),
+    Target("AdamW: speed over torch fused", "≥", 1, ONE_THREAD, "torch fused AdamW", ADAMW),
     Target(
         "AdamW: time in 100 groups over one",
         "≤",

@@ -1,104 +1,51 @@
-"""The measurement as pytest-benchmark sees it, and a check that contenders are comparable."""
+"""What pytest-benchmark says of every step, and a check that contenders are comparable."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from bench import separate
+from bench.clock import clock_of
 from bench.contenders import Contender, contenders
-from bench.results import Absence
-from bench.runner import OUT_OF_MEMORY, Case, Record, measure
+from bench.runner import OUT_OF_MEMORY, Arena, Case
+from bench.workloads import Workload
 
 pytestmark = pytest.mark.filterwarnings("default")  # the contenders' own are not ours to fix
 
 
-class Tape:
-    """Recorded durations, played back to pytest-benchmark: a clock, and a function that takes the
-    recorded time by this clock.
-
-    pytest-benchmark finishes with one test before it starts the next, so it cannot interleave them.
-    The runner can, and hands its durations over in this way.
-    """
-
-    __name__ = "interleaved rounds"
-
-    def __init__(self) -> None:
-        self._now = 0.0
-
-    def __call__(self) -> float:
-        return self._now
-
-    def play(self, seconds: float) -> None:
-        self._now += seconds
-
-
-@pytest.fixture
-def case(name: str, cases: dict[str, Case]) -> Case:
-    return cases[name]
-
-
-@pytest.fixture
-def tape(request: pytest.FixtureRequest, case: Case) -> Tape:
-    """To stand before `benchmark` in a test's arguments, which then keeps time by this tape."""
-    tape = Tape()
-    request.node.add_marker(pytest.mark.benchmark(group=case.workload.title, timer=tape))
-    return tape
-
-
 @pytest.fixture(scope="session")
-def record_of(
-    request: pytest.FixtureRequest, cases: dict[str, Case], device: torch.device
-) -> Callable[[Case], Record]:
-    """What the rounds said of a case. Asking for a workload's first runs those of all selected."""
-    tests = [test for test in request.session.items if isinstance(test, pytest.Function)]
-    params = [test.callspec.params for test in tests if hasattr(test, "callspec")]
-    selected = [cases[str(each["name"])] for each in params if "name" in each]
-    capture: Any = request.config.pluginmanager.getplugin("capturemanager")
-    records: dict[Case, Record] = {}
-
-    def record_of(case: Case) -> Record:
-        if case not in records:
-            rivals = [each for each in selected if each.workload is case.workload]
-            with capture.global_and_fixture_disabled():
-                records.update(measure(rivals, device, Console(stderr=True)))
-        return records[case]
-
-    return record_of
+def arena_of(device: torch.device) -> Callable[[Workload], Arena]:
+    return lru_cache(maxsize=1)(lambda workload: Arena(workload, device, clock_of(device)))
 
 
-def test_step(
-    case: Case,
-    record_of: Callable[[Case], Record],
-    record_property: Callable[[str, object], None],
-    tape: Tape,
-    benchmark: Any,
-) -> None:
-    record = record_of(case)
-    if record.problem:
-        absence = Absence(case.workload.title, case.contender.name, record.problem)
-        record_property(Absence.__name__, absence)
-        if record.problem == OUT_OF_MEMORY:
-            pytest.skip(OUT_OF_MEMORY)
-        pytest.fail(record.trace, pytrace=False)
-    benchmark.extra_info |= {
-        "workload": case.workload.name,
-        "title": case.workload.title,
-        "maker": case.contender.maker,
-        "method": case.contender.method,
-        "groups": case.groups,
-        "bytes": case.bytes,
-        "rounds": list(record.seconds),
-        "kernel_seconds": list(record.kernel_seconds.values()),
-    }
-    seconds = iter(record.seconds.values())
-    benchmark.pedantic(tape.play, setup=lambda: ((next(seconds),), {}), rounds=len(record.seconds))
+def test_step(case: Case, arena_of: Callable[[Workload], Arena], benchmark: Any) -> None:
+    """One contender after the other, with all of pytest-benchmark's options: to follow one of them.
+    Where two are compared, `python -m bench` lets them take turns."""
+    arena = arena_of(case.workload)
+    try:
+        entrant = arena.warm_up(case)
+    except torch.OutOfMemoryError:
+        pytest.skip(OUT_OF_MEMORY)
+
+    def prepare() -> None:
+        arena.set_out()
+        arena.prepare(case, entrant, case.workload.untimed)
+        arena.clock.wait()
+
+    def step() -> None:
+        entrant.optimizer.step()
+        arena.clock.wait()
+
+    benchmark.group = case.workload.title
+    benchmark.extra_info["bytes"] = case.bytes
+    benchmark.pedantic(step, setup=prepare, rounds=case.workload.rounds)
+    arena.check()
 
 
 def test_contenders_of_a_method_compute_the_same(
@@ -164,6 +111,7 @@ def _train(
     for step in range(steps):
         for p in params:  # smaller and smaller: Adam does not see whether all of them were clipped
             p.grad = randn(tuple(p.shape)) * 2.0 ** -(step % 10)
+        contender.prepare(optimizer)
         optimizer.step()
     return params, optimizer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 Shape = tuple[int, ...]
@@ -12,6 +12,8 @@ Shape = tuple[int, ...]
 # are taken within these and no round becomes so long that the machine changes meanwhile.
 DECAYS = "decays"  # AdamW by everybody, and every decay
 WHOLE = "whole step"  # 16-bit storage, clipping, averages, telemetry
+MANY = "many tensors"  # beside the decays: a learning rate that changes in each step
+ONE_THREAD = "one thread"  # AdamW by everybody, in a process of its own
 
 
 @dataclass(frozen=True)
@@ -26,19 +28,19 @@ class Workload:
     # hold what they hold in training: this optimizer's objects, not those of eighty others.
     untimed: int = 0
     without: tuple[str, ...] = ()  # makers whose one step would take what the others' rounds take
-    part: str = DECAYS
+    parts: tuple[str, ...] = (DECAYS,)
 
     @property
     def numel(self) -> int:
         return sum(map(math.prod, self.shapes))
 
 
-def _gpt2() -> Iterator[Shape]:
+def _gpt2(layers: int = 12, vocabulary: int = 50257) -> Iterator[Shape]:
     """GPT-2 124M: 12 layers of width 768, embeddings tied."""
     width = 768
     norm: tuple[Shape, ...] = ((width,), (width,))
-    yield from ((50257, width), (1024, width))
-    for _ in range(12):
+    yield from ((vocabulary, width), (1024, width))
+    for _ in range(layers):
         yield from (*norm, (width, 3 * width), (3 * width,), (width, width), (width,))
         yield from (*norm, (width, 4 * width), (4 * width,), (4 * width, width), (width,))
     yield from norm
@@ -94,7 +96,7 @@ def _llama(memory: int) -> Iterator[Workload]:
 
 def _many(count: int, numel: int, groups: tuple[int, ...] = (1,)) -> Workload:
     name, title = f"{count}x{numel}", f"{count:,} × {numel}"
-    return Workload(name, title, ((numel,),) * count, groups, untimed=1)
+    return Workload(name, title, ((numel,),) * count, groups, untimed=1, parts=(DECAYS, MANY))
 
 
 def _whole(workload: Workload, seconds: float) -> Workload:
@@ -104,8 +106,13 @@ def _whole(workload: Workload, seconds: float) -> Workload:
         name=f"{workload.name}-whole",
         title=f"{workload.title}, {WHOLE}",
         seconds=seconds,
-        part=WHOLE,
+        parts=(WHOLE,),
     )
+
+
+def _on_one_thread(name: str, title: str, shapes: Iterable[Shape]) -> Workload:
+    title = f"{title}, {ONE_THREAD}"
+    return Workload(f"{name}-1-thread", title, tuple(shapes), seconds=20, parts=(ONE_THREAD,))
 
 
 _LARGE = Workload("32M", "one tensor of 32M", ((1 << 25,),), seconds=50)
@@ -119,6 +126,8 @@ FULL: tuple[Workload, ...] = (
     _many(10000, 64),
     _many(1000, 16, groups=(1, 10, 100)),
     _many(1000, 256, groups=(1, 10, 100)),
+    _on_one_thread("32M", _LARGE.title, _LARGE.shapes),
+    _on_one_thread("half-gpt2", "half of GPT-2", _gpt2(layers=6, vocabulary=25128)),
 )
 
 MI = 1 << 20
@@ -128,7 +137,7 @@ def on_gpu(memory: int) -> tuple[Workload, ...]:
     """For a GPU with so many bytes to use, the most telling ones first; about three minutes."""
     large = Workload("1G", "one tensor of 1G", ((1 << 30,),), seconds=20, rounds=8)
     gpt2, resnet50 = replace(_GPT2, seconds=12), replace(_RESNET50, seconds=8)
-    small = Workload("10000x64", "10,000 × 64", ((64,),) * 10000, (1,), 30, 8, without=("eager",))
+    small = replace(_many(10000, 64), seconds=30, rounds=8, untimed=0, without=("paper",))
     return (
         large,
         _whole(large, 12),
@@ -148,5 +157,5 @@ _SMALL = Workload("1M", "one tensor of 1M", ((1 << 20,),), seconds=2, rounds=4)
 QUICK: tuple[Workload, ...] = (
     _SMALL,
     _whole(_SMALL, 2),
-    Workload("100x256", "100 × 256", ((256,),) * 100, (1, 10), seconds=2, rounds=4, untimed=1),
+    replace(_many(100, 256, groups=(1, 10)), seconds=2, rounds=4),
 )

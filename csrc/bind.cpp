@@ -140,7 +140,7 @@ PYBIND11_MODULE(_C, m) {
              const py::dict& streams, const std::string& storage, int32_t group, uint32_t index,
              int64_t total, const Numbers& numbering) {
             const auto& [first, run, pitch] = numbering;
-            plan.add_parameter(std::move(parameter), weight, std::move(state), streams,
+            plan.add_parameter(parameter, weight, std::move(state), streams,
                                named<Storage>(kStorageNames, storage), group, index, total,
                                {static_cast<uint32_t>(first), run, pitch});
           },

@@ -223,7 +223,7 @@ __device__ void update_vector(const Strips<T>& s, int i, const Coefficients<T>& 
       double terms[kSums];
       measured_terms(terms, w.x[k], x, c, is);
       terms[kGradient2] = double(x.g) * double(x.g);
-      for_each_column<kMeasuredColumns>([&](int j) { sums[j] += terms[j]; });
+      for_each_column<kToldColumns>([&](int j) { sums[j] += terms[j]; });
     }
     w.x[k] = x.w;
     m.x[k] = x.m;
@@ -252,9 +252,9 @@ __device__ void update_chunk(const GpuWork& work, int index, double (&sums)[kSum
   for_each_vector(s, chunk.size, [&](auto width, int i) {
     update_vector<projected, measured, decltype(width)::value>(s, i, c, is, sums);
   });
-  constexpr unsigned set = (projected ? kProjectedColumns : 0) | (measured ? kMeasuredColumns : 0);
+  constexpr unsigned set = (projected ? kProjectedColumns : 0) | (measured ? kToldColumns : 0);
   if (set) sum_over_block<set>(sums);
-  if (measured && threadIdx.x == 0) leave<kMeasuredColumns>(work.chunk_sums[index], sums);
+  if (measured && threadIdx.x == 0) leave<kToldColumns>(work.chunk_sums[index], sums);
 }
 
 // Blocks that a multiprocessor is to hold at once, if it has registers for them.
@@ -384,9 +384,9 @@ __global__ void __launch_bounds__(kThreads)
   if (add_up) {
     const Span span = work.spans[index];
     double found[kSums];
-    sum_over_rows<kMeasuredColumns>(found, work.chunk_sums + span.first, span.count);
+    sum_over_rows<kToldColumns>(found, work.chunk_sums + span.first, span.count);
     if (threadIdx.x == 0) {
-      leave<columns(kFirstMeasured, kLastMeasured)>(sums, found);
+      leave<kMeasuredColumns>(sums, found);
       // Between phases it stands there already, with other shards' added.
       if (rows) sums[kGradient2] = found[kGradient2];
     }

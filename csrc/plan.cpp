@@ -98,20 +98,21 @@ const Plan::Role Plan::kRoles[] = {
      [](Parameter& p, void* data, DType) { p.tensor.v_sum = static_cast<double*>(data); }},
 };
 
-void Plan::add_parameter(py::object parameter, const py::object& weight, py::object state,
+void Plan::add_parameter(const py::object& parameter, const py::object& weight, py::object state,
                          const py::dict& streams, Storage storage, int32_t group, uint32_t index,
                          int64_t total, const Numbering& numbering) {
   if (group < 0 || group >= static_cast<int32_t>(options_.size()))
     throw std::invalid_argument("a parameter of no group");
-  Parameter p;
+  Parameter& p = parameters_.emplace_back();
+  p.group = group;
+  p.object = parameter;
+  p.state = std::move(state);
+  if (p.state.is_none()) return;  // until it has a gradient, whatever it is does not count
   const py::object local = local_of(parameter.ptr());
   p.wraps = bool(local);
   p.layout = layout_of(local ? local : parameter, device_);
   p.weight = layout_of(weight, device_);
-  p.object = std::move(parameter);
   p.weight_object = weight;
-  p.state = std::move(state);
-  p.group = group;
   p.tensor.w = p.weight.data();
   p.tensor.weight_type = p.weight.dtype();
   p.tensor.numel = p.weight.elements();
@@ -119,8 +120,7 @@ void Plan::add_parameter(py::object parameter, const py::object& weight, py::obj
   p.tensor.numbering = numbering;
   p.tensor.storage = storage;
   p.tensor.index = index;
-  if (!p.state.is_none()) add_streams(p, streams);
-  parameters_.push_back(std::move(p));
+  add_streams(p, streams);
 }
 
 // Python has checked the types. What is looked at here is what the loops could not survive.
@@ -162,13 +162,10 @@ void Plan::set_options(int32_t group, const GroupOptions& options) { options_.at
 
 void Plan::set_number(int32_t group, const char* name, double value) {
   static constexpr std::pair<const char*, double GroupOptions::*> numbers[] = {
-      {"lr", &GroupOptions::lr},
-      {"weight_decay", &GroupOptions::weight_decay},
-      {"lr_max", &GroupOptions::lr_max},
-      {"beta1", &GroupOptions::beta1},
-      {"beta2", &GroupOptions::beta2},
+      {"lr", &GroupOptions::lr},       {"weight_decay", &GroupOptions::weight_decay},
+      {"beta1", &GroupOptions::beta1}, {"beta2", &GroupOptions::beta2},
       {"eps", &GroupOptions::eps},
-      {"ema_decay", &GroupOptions::ema_decay}};
+  };
   for (const auto& [known, number] : numbers)
     if (std::strcmp(known, name) == 0) {
       options_.at(group).*number = value;
@@ -362,7 +359,7 @@ StepInput Plan::start(Gathered& gathered, const Request& request, const py::obje
     list_tensors();
   number_tensors();
   StepInput input{tensors_, rows_, request, stream, table_of(sums, tensors_.size(), device_)};
-  if (!input.sums && input.needs_sums())
+  if (!input.sums && input.needs_sums() && !tensors_.empty())
     throw std::invalid_argument("this step needs a table of sums");
   return input;
 }

@@ -53,7 +53,7 @@ class Plan {
   // or a copy of it. `state` is None as long as there is none; `streams` are its tensors that a step
   // reads or writes. `index`: its position among all parameters. A DTensor is a parameter or a value
   // of a state as it is; weight and streams are its local tensors.
-  void add_parameter(py::object parameter, const py::object& weight, py::object state,
+  void add_parameter(const py::object& parameter, const py::object& weight, py::object state,
                      const py::dict& streams, Storage storage, int32_t group, uint32_t index,
                      int64_t total, const Numbering& numbering);
 

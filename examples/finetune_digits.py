@@ -13,8 +13,9 @@ decay to the pretrained weights (L2-SP) and Selective Projection Decay hold on t
 learning rate, the batches and, within a family, the decay: this shows what each decay does, and is
 no contest of tuned settings. Accuracies are means and standard deviations over the seeds.
 
-optimizer.step() is timed alone, on the same network: fused (one pass over the weights) and eager
-(the formula as a sequence of tensor operations) take turns; medians of processor time are shown.
+optimizer.step() is timed alone, on the same network: ours and what one takes today take turns,
+torch.optim's fused optimizer where torch has the method, else the paper's formulas in PyTorch
+(bench/papers.py). Medians of processor time are shown.
 """
 
 import sys
@@ -26,6 +27,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -38,6 +40,9 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 import wdkernels as wd
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # where bench/ is
+from bench import papers
 
 SEEDS = range(5)
 BATCH = 32
@@ -62,6 +67,19 @@ METHODS: dict[str, Method] = {
     "AdamSWD": wd.AdamSWD,
     "AdamW, L2-SP": partial(adamw, anchor="initial"),
     "AdamSPD": wd.AdamSPD,
+}
+# What computes the same without us; an early decay is AdamW's up to the step at which it ends.
+torch_adamw = partial(torch.optim.AdamW, fused=True, weight_decay=1.0)
+OTHERS: dict[str, partial[Any]] = {
+    "no decay": partial(torch_adamw, weight_decay=0.0),
+    "Adam, L2": partial(torch.optim.Adam, fused=True, weight_decay=1e-4),
+    "Adam, unmixed": partial(papers.AdamUnmixed, weight_decay=1e-4),
+    "AdamW": torch_adamw,
+    "AdamW, cautious": partial(papers.AdamWCautious, weight_decay=1.0),
+    "AdamW, early": torch_adamw,
+    "AdamSWD": partial(papers.AdamSWD, weight_decay=5e-4),
+    "AdamW, L2-SP": partial(papers.AdamWAnchored, weight_decay=1.0),
+    "AdamSPD": partial(papers.AdamSPD, weight_decay=1.0),
 }
 BEFORE = "not fine-tuned"
 Results = dict[str, dict[str, list[float]]]  # method -> quantity -> values
@@ -157,19 +175,21 @@ def measure(model: nn.Module, pretrained: nn.Module) -> dict[str, float]:
     }
 
 
-def time_step(method: Method) -> dict[str, list[float]]:
-    """Milliseconds of optimizer.step() alone, the two backends taking turns."""
+def time_step(name: str) -> dict[str, list[float]]:
+    """Milliseconds of optimizer.step() alone, ours and the other's taking turns."""
     rng = Generator().manual_seed(0)
-    backends = {"fused": "auto", "eager": "eager"}
-    contenders = {k: method(network().parameters(), backend=b) for k, b in backends.items()}
+    methods: dict[str, Method] = {"ours": METHODS[name], "other": OTHERS[name]}
+    contenders = {
+        k: method(network().parameters(), lr=LR, eps=EPS) for k, method in methods.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(TIMED_STEPS):
-        for name, optimizer in contenders.items():
+        for whose, optimizer in contenders.items():
             for weight in optimizer.param_groups[0]["params"]:
                 weight.grad = torch.randn(weight.shape, generator=rng)
             start = time.thread_time()
             optimizer.step()
-            times[name].append(1e3 * (time.thread_time() - start))
+            times[whose].append(1e3 * (time.thread_time() - start))
     return times
 
 
@@ -178,7 +198,7 @@ def time_step(method: Method) -> dict[str, list[float]]:
 
 def table(results: Results) -> Table:
     quality = "in\ndistr., %", "out of\ndistr., %", "weight\nnorm", "distance\nmoved"
-    headers = "optimizer", *quality, "fused\nms", "eager\nms", "\nratio"
+    headers = "optimizer", *quality, "ours\nms", "torch¹,\npaper² ms", "\nratio"
     shown = Table(*headers, box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     shown.title = f"Fine-tuned to digits tilted by 45°: {len(SEEDS)} seeds, times on one thread"
     for column in shown.columns[1:]:
@@ -187,10 +207,15 @@ def table(results: Results) -> Table:
         cells = [f"{mean(r[key]):.1f} ± {stdev(r[key]):.1f}" for key in ("inside", "outside")]
         cells += [f"{mean(r[key]):.1f}" for key in ("norm", "distance")]
         if name != BEFORE:
-            fused, eager = median(r["fused"]), median(r["eager"])
-            cells += [f"{fused:.2f}", f"{eager:.2f}", f"{eager / fused:.1f}×"]
+            ours, other = median(r["ours"]), median(r["other"])
+            cells += [f"{ours:.2f}", f"{other:.2f}{whose(name)}", f"{other / ours:.1f}×"]
         shown.add_row(name, *cells, end_section=name == BEFORE)
     return shown
+
+
+def whose(name: str) -> str:
+    """A mark of who the other one is: torch's fused optimizer or the paper's formulas."""
+    return "²" if OTHERS[name].func.__module__ == papers.__name__ else "¹"
 
 
 def picture(results: Results) -> Figure:
@@ -227,10 +252,13 @@ def picture(results: Results) -> Figure:
     distance.bar_label(bars, fmt="%.1f", padding=4)
 
     speed.set_title("optimizer step, ms (one thread)")
-    fused, eager = ([median(results[name][key]) for name in METHODS] for key in ("fused", "eager"))
-    speed.barh(rows[1:], fused, -0.4, align="edge", color=blue, label="fused")
-    bars = speed.barh(rows[1:], eager, 0.4, align="edge", color=gray, label="eager")
-    speed.bar_label(bars, [f"{e / f:.0f}×" for f, e in zip(fused, eager, strict=True)], padding=4)
+    ours, other = ([median(results[name][key]) for name in METHODS] for key in ("ours", "other"))
+    speed.barh(rows[1:], ours, -0.4, align="edge", color=blue, label="ours")
+    label = "torch fused¹ or the paper's formulas²"
+    bars = speed.barh(rows[1:], other, 0.4, align="edge", color=gray, label=label)
+    ratios = [o / u for u, o in zip(ours, other, strict=True)]
+    labels = [f"{x:.1f}×{whose(name)}" for x, name in zip(ratios, METHODS, strict=True)]
+    speed.bar_label(bars, labels, padding=4)
 
     for axes in (accuracy, distance, speed):
         axes.spines[["left", "right", "top"]].set_visible(False)
@@ -256,8 +284,8 @@ def main() -> None:
             model = finetune(pretrained, METHODS[name], seed)
         for key, value in measure(model, pretrained).items():
             results[name][key].append(value)
-    for name, method in track(METHODS.items(), "timing", console=console):
-        results[name] |= time_step(method)
+    for name in track(METHODS, "timing", console=console):
+        results[name] |= time_step(name)
 
     console.print(table(results))
     path = Path(__file__).parent / "out" / "finetune_digits.png"

@@ -16,12 +16,12 @@ import torch
 from rich.console import Console
 from support import needs_native
 
-from bench import chart, limit, machine, report, targets
+from bench import chart, deepspeed, limit, machine, report, runner, targets
 from bench.clock import Clock
-from bench.contenders import Contender, contenders
+from bench.contenders import ADAM, Contender, contenders, next_lr
 from bench.results import Absence, Results, Row
-from bench.runner import OUT_OF_MEMORY, Case, measure
-from bench.workloads import DECAYS, WHOLE, Workload, llama_layers, on_gpu
+from bench.runner import OUT_OF_MEMORY, Case, cases_of, measure, row_of
+from bench.workloads import FULL, ONE_THREAD, Workload, llama_layers, on_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -98,18 +98,42 @@ def test_bytes_per_element_of_the_whole_step() -> None:
     assert {c.bytes for c in contenders(CUDA) if c.name == "torch fused AdamW bf16"} == {14}
 
 
-def test_both_parts_of_the_comparison_have_what_ratios_are_taken_of() -> None:
-    for part in (DECAYS, WHOLE):
-        names = {c.name for c in contenders(CUDA) if part in c.parts}
-        assert {"memory limit", "wdkernels AdamW", "torch fused AdamW"} <= names
-    for target in (*targets.ON_CPU, *targets.ON_GPU):
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_every_workload_has_what_its_ratios_and_targets_are_taken_of(device: torch.device) -> None:
+    on_cpu = device == CPU
+    asked: dict[str, set[str]] = {}
+    for target in targets.ON_CPU if on_cpu else targets.ON_GPU:
+        names = {target.time} if isinstance(target.time, str) else {*target.time}
+        names |= {target.over} if target.over else set()
         for workload in target.workloads:
-            part = WHOLE if workload.endswith("-whole") else DECAYS
-            names = {c.name for c in contenders(CUDA) if part in c.parts}
-            asked = [target.time] if isinstance(target.time, str) else target.time
-            for name in (*asked, *([target.over] if target.over else [])):
-                name = name.partition(" (")[0]
-                assert name in names or name.startswith("DeepSpeed"), name
+            asked[workload] = asked.get(workload, set()) | names
+    for workload in FULL if on_cpu else on_gpu(1 << 50):
+        cases = cases_of(workload, device)
+        names = {str(case).partition(": ")[2] for case in cases}
+        assert {"memory limit", "wdkernels AdamW", "torch fused AdamW"} <= names
+        missing = asked.pop(workload.name, set()) - names
+        assert all(name.startswith("DeepSpeed") for name in missing), missing
+    assert not asked
+
+
+def test_nobody_is_compared_with_our_own_formulas() -> None:
+    for device in (CPU, CUDA):
+        for each in contenders(device):
+            options = getattr(each.build, "keywords", {})
+            assert options.get("backend") != "eager", each.name
+
+
+def test_a_scheduled_learning_rate_changes_before_each_step() -> None:
+    rates = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            rates.append([group["lr"] for group in self.param_groups])
+
+    each = Contender("", "", lambda params: Watched(params, lr=1.0), prepare=next_lr)
+    measure([Case(replace(SMALL, untimed=1), each, 2)], CPU, Console(quiet=True), Clock())
+    for of_group in zip(*rates, strict=True):
+        assert of_group == pytest.approx([0.999**t for t in range(1, 9)], rel=1e-12)
 
 
 # ---- how -----------------------------------------------------------------------------------------
@@ -278,36 +302,78 @@ def test_names_of_files() -> None:
     assert machine.slug(on_cpu) == "amd-epyc-2-cores"
 
 
+class OneByOne(torch.optim.Optimizer):
+    """What `multi` builds on of DeepSpeedCPUAdam, whose first step makes the state."""
+
+    opt_id = 7
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, {**options, "bias_correction": True})
+        self.ds_opt_adam, self.calls = self, []
+
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"step": 1, "exp_avg": p + 1, "exp_avg_sq": p + 2}
+
+    def adam_update_multi(self, *arguments: Any) -> None:
+        self.calls.append(arguments)
+
+
+def test_one_call_of_deepspeed_for_many_tensors(tmp_path: Path) -> None:
+    params = [torch.ones(3), torch.ones(5)]
+    optimizer = deepspeed.multi(OneByOne)(params, **ADAM)
+    for p in params:
+        p.grad = 3 * p
+    for _ in range(3):
+        optimizer.step()
+    numbers = (1e-3, 0.9, 0.999, 1e-8, 1e-2, True)
+    for t, call in enumerate(optimizer.calls, 2):
+        assert call[:8] == (7, t, *numbers)
+        streams = [[x.sum().item() for x in stream] for stream in call[8:]]
+        assert streams == [[3, 5], [9, 15], [6, 10], [9, 15], []]  # w, g, m, v, no copies
+    assert len(optimizer.calls) == 2
+
+    assert not deepspeed.has_multi([str(tmp_path)])
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "cpu_adam.cpp").write_text('m.def("adam_update_multi"')
+    assert deepspeed.has_multi([str(tmp_path)])
+
+
 @needs_native
-def test_a_whole_run_as_pytest_benchmark_hands_it_over(tmp_path: Path) -> None:
+def test_a_run_of_all_that_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part of it in a process of its own; the files that it leaves."""
+    quick = {"seconds": 0.0, "rounds": 1}
+    alone = replace(SMALL, name="32M-1-thread", parts=(ONE_THREAD,), **quick)
+    broken = Contender("broken", "AdamW", lambda params: Failing(params, 1, ValueError("a b")))
+    everyone = [c for c in contenders(CPU) if c.maker in ("memory", "wdkernels", "torch fused")]
+    monkeypatch.setattr(runner, "contenders", lambda _: [*everyone, broken])
+    found = runner.run([replace(SMALL, **quick)], CPU, Console(quiet=True))
+    assert [absence.name for absence in found.absent] == ["broken AdamW"]
+    monkeypatch.undo()
+
+    apart = runner.run([alone], CPU, Console(quiet=True))
+    assert not apart.absent
+    assert {row.name for row in apart.rows} >= {"wdkernels AdamW", "torch fused AdamW"}
+    found = replace(found, rows=(*found.rows, *apart.rows))
+    base = report.write(found, tmp_path)
+    assert (tmp_path / f"{base.name}.png").stat().st_size > 10_000
+    text = (tmp_path / f"{base.name}.md").read_text()
+    assert "| AdamW: speed over torch fused | ≥ 1× |" in text
+    assert "(32M-1-thread)" in text
+
+
+@needs_native
+def test_a_whole_run_on_a_gpu(tmp_path: Path) -> None:
     names = ("memory limit", "wdkernels AdamW", "wdkernels triton AdamW", "torch fused AdamW")
     names += ("wdkernels AdamSWD", "wdkernels AdamSPD rests", "paper AdamSWD")
     names += ("wdkernels AdamW bf16", "wdkernels AdamW all", "separate AdamW all")
     cases = named(*names)
     records = measure(cases, CPU, Console(quiet=True), TwoClocks())
     assert not any(record.trace for record in records.values())
-    benchmarks = [
-        {
-            "stats": {"data": list(record.seconds.values())},
-            "extra_info": {
-                "workload": name,
-                "title": name,
-                "maker": case.contender.maker,
-                "method": case.contender.method,
-                "groups": 1,
-                "bytes": case.bytes,
-                "rounds": list(record.seconds),
-                "kernel_seconds": list(record.kernel_seconds.values()),
-            },
-        }
-        for name in ("1G", "1G-whole", "10000x64", "gpt2")
-        for case, record in records.items()
-    ]
-    commit = {"id": "0123456789abcdef", "dirty": False}
-    whole = {"commit_info": commit, "machine_info": MACHINE, "datetime": "2026-01-02T03:04:05"}
-    found = Results.of({**whole, "benchmarks": benchmarks})
+    workloads = ("1G", "1G-whole", "10000x64", "gpt2")
+    rows = [row_of(*each) for each in records.items()]
+    found = results(*(replace(row, workload=name) for name in workloads for row in rows))
     assert found.on_gpu
-    assert len(found.rows) == 4 * len(cases)
     chart.draw(found, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
     report.to_markdown(found, "x.png")

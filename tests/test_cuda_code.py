@@ -21,7 +21,7 @@ FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v"]
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
 # Vectors of float and of double that a kernel reads and writes, in its two touches if it is SPD's.
 STREAMS = {
-    "update_kernelIf": (8, 6),  # w or master, compensation, g, m, v, vmax, a, ema; and both of w
+    "update_kernelIf": (8, 6),  # w or master, compensation, g, m, v, vmax, a, ema; and both weights
     "update_kernelId": (7, 5),
     "project_kernelIf": (7 + 5, 5 + 3),
     "project_kernelId": (6 + 3, 4 + 2),
@@ -96,7 +96,7 @@ def test_nothing_spills(architecture: str, compiled: dict[str, Future[Code]]) ->
 def test_accesses_are_16_bytes_wide(
     kernel: str, architecture: str, compiled: dict[str, Future[Code]]
 ) -> None:
-    """Of every stream, in global memory."""
+    """Those of every stream, in global memory."""
     found = compiled[architecture].result().kernels(kernel)
     assert len(found) == 2  # one that measures
     for code in found:

@@ -276,7 +276,8 @@ def test_dense_tensors_of_equal_strides_cost_nothing(variant: Variant) -> None:
             with Calls():
                 optimizer.step()
     assert optimizer.state[params[0]]["step"] == 3
-    assert [call for call in calls if not call.startswith("profiler.")] == []
+    sums = ["aten.empty.memory_format"] * 2 if variant.method in ("swd", "spd") else []
+    assert [call for call in calls if not call.startswith("profiler.")] == sums
 
 
 # ---- tensors that change between steps -----------------------------------------------------------

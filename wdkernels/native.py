@@ -66,7 +66,8 @@ class Plan:
         param_groups: list[dict[str, Any]],
     ) -> None:
         self._weights = Weights(parameters)
-        self._device = parameters[0].tensor.device if parameters else torch.device("cpu")
+        devices = (p.tensor.device for p in parameters if p.state is not None)
+        self._device = next(devices, torch.device("cpu"))
         self._on_gpu = _is_gpu(self._device)
         self._options = list(options)  # the core reads their tensors' memory
         self._method_sums = any(each.method in ("swd", "spd") for each in options)
@@ -81,7 +82,7 @@ class Plan:
         for position, p in enumerate(parameters):
             self._core.add_parameter(
                 parameter=p.tensor,
-                weight=layouts.local(self._weights[position]),
+                weight=self._weights[position],
                 state=p.state,
                 streams=p.streams,
                 storage=p.storage,
@@ -154,7 +155,7 @@ class Plan:
 
 
 class _Phases:
-    """One step of a plan in phases. No other one begins until it is finished, skipped or dropped."""
+    """One step of a plan, in phases. No other begins until it is finished, skipped or dropped."""
 
     def __init__(
         self, core: Any, weights: Weights, request: Request, sums: Tensor, reductions: int

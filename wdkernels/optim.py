@@ -71,6 +71,8 @@ class _Run:
     given: dict[Tensor, Tensor] = field(default_factory=dict)  # anchors that are in no state yet
     copies: list[tuple[Tensor, str]] = field(default_factory=list)  # of weights not yet moved
 
+    completed: list[GroupOptions] = field(default_factory=list)  # with which states were, by group
+
     # Derived from the groups and the state; the next step finds it again.
     plan: Plan | None = None
     known: list[groups.Known] = field(default_factory=list)  # by group
@@ -247,8 +249,11 @@ class _Adam(torch.optim.Optimizer):
             self._backend, [layouts.local(p) for *_, p in every if groups.learns(p)]
         )
         for i, _, _, p in every:  # the first thing written, so after all checks
-            if p.grad is not None or self.state.get(p):
+            if (own := self.state.get(p)) and i < len(run.completed):
+                state.retire(p, own, run.completed[i], options[i])
+            if own or p.grad is not None:
                 self._complete_state(p, options[i])
+        run.completed = options
         parameters = groups.as_parameters(self.param_groups, self.state, options)
         if backend is None:
             reference.step(reference.grouped(parameters, options), request)
@@ -421,7 +426,8 @@ class _Adam(torch.optim.Optimizer):
             self.state = defaultdict(dict, self._loaded.states)
             self.param_groups = list(self._loaded.groups)
             given, copies = self._run.given, self._loaded.copies
-        fresh = _Run(given=given, copies=copies)
+        completed = [] if self._loaded is None else self._loaded.options
+        fresh = _Run(given=given, copies=copies, completed=completed)
         run: _Run = vars(self).setdefault("_run", fresh)
         vars(run).update(vars(fresh))
 

@@ -121,6 +121,8 @@ class Weights:
         self._parameters = parameters
         self._copies: dict[int, Tensor] = {}
         for position, p in enumerate(parameters):
+            if p.state is None:
+                continue
             weight = layouts.local(p.tensor).detach()
             if not layouts.is_dense(weight):
                 self._copies[position] = torch.empty_like(weight)

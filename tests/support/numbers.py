@@ -50,6 +50,10 @@ def weights(
     return [w.requires_grad_() for w in tensors]
 
 
+def copies(params: Sequence[Tensor]) -> list[Tensor]:
+    return [p.detach().clone().requires_grad_() for p in params]
+
+
 def anchors_of(params: Sequence[Any], seed: int = 500) -> list[Tensor]:
     tensors = [p[1] if isinstance(p, tuple) else p for p in params]
     return [
