@@ -35,7 +35,6 @@ from wdkernels.triton_lists import (
 )
 from wdkernels.triton_tables import DECISION
 
-
 _NO_SUMS = torch.empty(0, len(SUMS), dtype=torch.float64, device="cpu")
 
 
