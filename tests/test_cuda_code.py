@@ -142,5 +142,24 @@ def test_products_and_sums_are_not_fused(
     assert not re.search(r"\b(FFMA|DFMA)\b", loops)
 
 
+@pytest.mark.parametrize("kernel", ["reduce_kernel", "project_kernel"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_orders_are_kept(kernel: str, architecture: str, compiled: dict[str, Future[Code]]) -> None:
+    """Who releases something waits until what it has written can be seen, and who acquires it forgets
+    what its L1 cache holds."""
+    for code in compiled[architecture].result().kernels(kernel):
+        parts = r"MEMBAR|CCTL\.IVALL|ATOMG\.E\.ADD\.S32\.STRONG\.GPU|(?:ST|LD)G\.E\.STRONG\.GPU"
+        order = re.findall(rf"\b({parts})\b", code)
+        adds = [i for i, part in enumerate(order) if part.startswith("ATOMG")]
+        assert adds
+        for i in adds:
+            assert (order[i - 1], order[i + 1]) == ("MEMBAR", "CCTL.IVALL")
+        if kernel == "project_kernel":
+            assert order[order.index("STG.E.STRONG.GPU") - 1] == "MEMBAR"
+            # The flag is read until it is there, and once more.
+            spinning, acquired = (i for i, part in enumerate(order) if part.startswith("LDG"))
+            assert order[spinning + 1 : acquired + 2] == ["LDG.E.STRONG.GPU", "CCTL.IVALL"]
+
+
 def test_the_module_is_small(compiled: dict[str, Future[Code]]) -> None:
     assert sum(each.result().size for each in compiled.values()) < LARGEST

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from variants import (
+from support import (
     METHODS,
     NARROW,
     STORAGE,
@@ -22,6 +21,7 @@ from variants import (
     random,
     snapshot,
 )
+from torch import Tensor
 
 import wdkernels as wd
 from wdkernels import native, triton_backend

@@ -78,9 +78,10 @@ def backends() -> Iterator[tuple[str, ...]]:
         label = f"{device}: {description(device)}"
         for name, module in MODULES.items():
             note = "picked by auto" if name == best else module.refuses([x])
+            if name == "eager" and not note:
+                note = "runs everywhere, slowly"
             yield label, name, note or f"would run, but {best} comes first"
             label = ""
-        yield "", "eager", "picked by auto" if best == "eager" else "runs everywhere, slowly"
 
 
 def description(device: torch.device) -> str:
@@ -96,7 +97,7 @@ def description(device: torch.device) -> str:
 def picked(x: Tensor) -> str:
     """The backend that `auto` picks."""
     module = chosen("auto", [x])
-    return next((name for name, each in MODULES.items() if each is module), "eager")
+    return next(name for name, each in MODULES.items() if each is module)
 
 
 def _version_of(package: str) -> str:

@@ -86,10 +86,9 @@ def random_key(o: GroupOptions, t: float) -> int:
 
 
 def decay_scale(o: GroupOptions) -> float:
-    """What multiplies lambda_t in a decoupled decay. A step with lr = 0 moves nothing: it is how
-    torch.distributed.checkpoint makes the states of a new optimizer."""
+    """What multiplies lambda_t in a decoupled decay."""
     if o.decay_scale == "independent":
-        return 1.0 if o.lr > 0 else 0.0
+        return 1.0
     relative = o.lr if o.decay_scale == "lr" else o.lr / o.lr_max
     return o.lr * relative if o.decay_scale == "corrected" else relative
 

@@ -15,22 +15,9 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from wdkernels import checks, layouts
+from wdkernels import checks, layouts, shards
+from wdkernels.layouts import Numbering
 from wdkernels.options import GroupOptions
-
-
-class Numbering(NamedTuple):
-    """Which elements of the whole tensor those of a shard are, in the order of memory:
-
-        number(i) = first + i                               if run is 0
-                    first + i // run * pitch + i % run      else
-
-    Random bits depend on an element's number, so that they do not depend on the sharding.
-    """
-
-    first: int = 0
-    run: int = 0
-    pitch: int = 0
 
 
 class Parameter(NamedTuple):
@@ -86,6 +73,17 @@ class Phases(Protocol):
     def finish(self) -> None: ...
 
 
+def in_turn(phases: Phases) -> None:
+    """A step of this process alone."""
+    for each in range(max(1, phases.reductions)):
+        if each < phases.reductions:
+            phases.reduce(each)
+        if not phases.decide(each):
+            return
+    phases.update()
+    phases.finish()
+
+
 class Plan(Protocol):
     """All tensors of an optimizer, as a backend sees them; valid until a step says no."""
 
@@ -135,14 +133,7 @@ class Weights:
         """A gradient in the order of its weight; an exception if it cannot be brought into it."""
         p = self._parameters[position]
         checks.check_gradient(p.tensor, p.name)
-        gradient = p.tensor.grad
-        assert gradient is not None
-        if not _sharded_alike(gradient, p.tensor):
-            raise RuntimeError(
-                f"the gradient of {p.name} is sharded in another way than the parameter: "
-                "redistribute it to the parameter's placements"
-            )
-        return layouts.like(layouts.local(gradient), self[position])
+        return layouts.like(shards.gradient_of(p.tensor, p.name), self[position])
 
     def load(self) -> None:
         """Copy the parameters that are not dense; `store` brings them back."""
@@ -237,7 +228,7 @@ class Watch:
         copies of all that are not. To be called once after `active`, which has found them."""
         gradients, self._gradients = self._gradients, []
         for k in self._sharded:
-            if not _sharded_alike(gradients[k], self._parameters[self._active[k]]):
+            if not shards.alike(gradients[k], self._parameters[self._active[k]]):
                 return [*map(self.weights.gradient, self._active)]
             gradients[k] = layouts.local(gradients[k])
         regular = (
@@ -273,16 +264,6 @@ class _Shards:
         for i in self.sharded:
             tensors[i] = layouts.local(tensors[i])
         return tensors
-
-
-def _sharded_alike(x: Tensor, p: Tensor) -> bool:
-    """Whether two DTensors, or two plain tensors, are in equal placements on equal meshes."""
-    here, there = getattr(x, "_spec", None), getattr(p, "_spec", None)
-    if here is there:
-        return True
-    if here is None or there is None:
-        return False
-    return bool(here.placements == there.placements and here.mesh == there.mesh)
 
 
 def _objects(state: dict[Tensor, Any], param_groups: list[dict[str, Any]]) -> list[list[int]]:

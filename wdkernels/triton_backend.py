@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wdkernels import layouts
 from wdkernels.options import GroupOptions
-from wdkernels.plan import Parameter, Request, Watch
+from wdkernels.plan import Parameter, Request, Watch, in_turn
 from wdkernels.sums import SUMS
 from wdkernels.triton_lists import (
     REALS,
@@ -105,13 +105,7 @@ class Plan:
         step = self._begin(state, param_groups, request, in_phases=False)
         if step is None:
             return False
-        for each in range(max(1, step.reductions)):
-            if each < step.reductions:
-                step.reduce(each)
-            if not step.decide(each):
-                return True
-        step.update()
-        step.finish()
+        in_turn(step)
         return True
 
     def begin(
