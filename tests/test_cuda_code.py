@@ -145,7 +145,7 @@ def test_products_and_sums_are_not_fused(
 @pytest.mark.parametrize("kernel", ["reduce_kernel", "project_kernel"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_orders_are_kept(kernel: str, architecture: str, compiled: dict[str, Future[Code]]) -> None:
-    """Who releases something waits until what it has written can be seen, and who acquires it forgets
+    """Who releases something waits until what it has written can be seen; who acquires it forgets
     what its L1 cache holds."""
     for code in compiled[architecture].result().kernels(kernel):
         parts = r"MEMBAR|CCTL\.IVALL|ATOMG\.E\.ADD\.S32\.STRONG\.GPU|(?:ST|LD)G\.E\.STRONG\.GPU"
