@@ -31,7 +31,7 @@ def _plain(schedule: schedules.Schedule) -> ScheduleFactor:
     end = schedule.get("stop", schedule.get("end", 1.0))
     return ScheduleFactor(
         kind=schedule["kind"],
-        start=schedule.get("offset", schedule.get("start", 1.0)),
+        start=float(schedule.get("offset", schedule.get("start", 1.0))),
         end=math.inf if end is None else end,
         steps=schedule.get("steps", 1),
     )
@@ -89,8 +89,8 @@ def decay_scale(o: GroupOptions) -> float:
     """What multiplies lambda_t in a decoupled decay."""
     if o.decay_scale == "independent":
         return 1.0
-    relative = o.lr if o.decay_scale == "lr" else o.lr / o.lr_max
-    return o.lr * relative if o.decay_scale == "corrected" else relative
+    relative: float = o.lr if o.decay_scale == "lr" else o.lr / o.lr_max
+    return float(o.lr) * relative if o.decay_scale == "corrected" else relative
 
 
 def coefficients(o: GroupOptions, t: float) -> Coefficients:
