@@ -28,10 +28,11 @@ def factors(schedule: schedules.Schedule | None) -> tuple[ScheduleFactor, Schedu
 
 
 def _plain(schedule: schedules.Schedule) -> ScheduleFactor:
+    start: float = schedule["offset"] if "offset" in schedule else schedule.get("start", 1.0)
     end = schedule.get("stop", schedule.get("end", 1.0))
     return ScheduleFactor(
         kind=schedule["kind"],
-        start=float(schedule.get("offset", schedule.get("start", 1.0))),
+        start=start,
         end=math.inf if end is None else end,
         steps=schedule.get("steps", 1),
     )

@@ -237,7 +237,8 @@ class Step:
         w, a, g = _weight(p), _anchor(p), _gradient(p)
         d = w - a
         u, root, pull = _adam(p, d, g)
-        new, rate = w - u, p.lambda_t
+        new = w - u
+        rate: float | Tensor = p.lambda_t
         if p.options.method in ("decoupled", "swd"):
             rate = _decay_rate(p, w, self._mean_v)
             new, pull = _move(p, w, u, d, rate)
