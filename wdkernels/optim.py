@@ -303,11 +303,8 @@ class _Adam(torch.optim.Optimizer):
             reducer.add_up_numbers(sums)
 
     def _reducer(self) -> shards.Reducer | None:
-        every = list(groups.parameters(self.param_groups))
-        if not any(shards.is_shard(p) for *_, p in every):
-            return None
-        reducer = shards.Reducer([(checks.name_of(group, i, k), p) for i, k, group, p in every])
-        return reducer if reducer else None
+        every = groups.parameters(self.param_groups)
+        return shards.reducer_of([(checks.name_of(group, i, k), p) for i, k, group, p in every])
 
     def _is_only_looked_at(self) -> bool:
         """Whether a first step has lr = 0 and gradients that are 0: so torch.distributed.checkpoint
