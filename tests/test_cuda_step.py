@@ -196,7 +196,7 @@ def test_bits_of_every_storage(
 
 
 def test_anchors_of_other_types() -> None:
-    """Of all those that are no wider than what is computed in."""
+    """Anchors may be of any type that is no wider than what is computed in."""
     pairs = [(w, a) for w in (torch.float64, torch.float32, *NARROW)
              for a in (torch.float32, *NARROW) if w != a]  # fmt: skip
 
@@ -472,7 +472,7 @@ def test_phases_have_the_bits_of_a_step(
     gpu: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of all that a step may be asked for, too."""
+    """So it is with all that a step may be asked for."""
     more: dict[str, Any] = {"max_grad_norm": 40.0, "skip_nonfinite": True, "telemetry_every": 1}
 
     def trained() -> tuple[dict[str, Tensor], list[Tensor]]:

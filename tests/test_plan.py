@@ -109,7 +109,7 @@ def test_a_parameter_without_a_state_needs_another_plan() -> None:
 
 @pytest.fixture
 def mesh() -> Iterator[Any]:
-    """Of this process alone."""
+    """A mesh of this process alone."""
     if not dist.is_available():
         pytest.skip("torch was built without torch.distributed")
     from torch.distributed.tensor import init_device_mesh

@@ -181,7 +181,7 @@ def test_noise_goes_by_the_place_in_memory() -> None:
 
 
 def test_noise_looks_random() -> None:
-    """Of N words, each bit is set in half of them, and agrees in half of them with the same bit
+    """In N words, each bit is set in half of them, and agrees in half of them with the same bit
     of the next element, step, parameter and seed, and with the bit below: to 5 sigma, sqrt(N)/2."""
     count = 2**14
     base = torch.empty(count)
@@ -683,7 +683,7 @@ def test_what_torch_did_not_keep_up_is_made_anew(backend: str, mode: dict[str, A
 
 @every_backend
 def test_a_checkpoint_without_storage_options_is_taken_by_16_bits(backend: str) -> None:
-    """Of an earlier version: moments in the weights' type, and nothing about rounding."""
+    """It is of an earlier version: moments in the weights' type, and nothing about rounding."""
     params = weights(torch.bfloat16)
     mine = Variant("decoupled").build(params, backend)
     train(mine, params, range(3))

@@ -280,7 +280,7 @@ class _Adam(torch.optim.Optimizer):
         return plan
 
     def _complete_states(self, active: bool = False) -> None:
-        """Of all parameters that learn; for a step, of those with a state or a gradient."""
+        """Completes those of all that learn; for a step, of what has a state or a gradient."""
         options = [self._read(group, i) for i, group in enumerate(self.param_groups)]
         made = []
         for i, _, _, p in groups.parameters(self.param_groups):
