@@ -427,7 +427,7 @@ def test_an_average_may_be_the_anchor(method: str) -> None:
     assert_close(found, anchored_to("ema", "eager", "cpu"), 1e-12)
     assert not any(name.startswith("anchor") for name in found)
     other = anchored_to("zero", "triton", DEVICE)
-    assert not found["weight 1"].equal(other["weight 1"])
+    assert any(not x.equal(other[name]) for name, x in found.items() if "weight" in name)
 
 
 def test_gradients_are_not_written() -> None:

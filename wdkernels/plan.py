@@ -55,7 +55,8 @@ class Phases(Protocol):
     """One step, in phases that are to be called in this order (docs/design.md).
 
     Each works on the rows of `sums` (wdkernels/sums.py), between which a caller may add up those of
-    other shards. Everything that can fail has been done before these are to be had.
+    other shards. Everything that can fail has been done before these are to be had. A plan takes
+    one step at a time.
     """
 
     sums: Tensor

@@ -35,6 +35,8 @@ from wdkernels.triton_lists import (
 )
 from wdkernels.triton_tables import DECISION
 
+_NO_SUMS = torch.empty(0, len(SUMS), dtype=torch.float64, device="cpu")
+
 
 def refuses(tensors: Sequence[Tensor]) -> str | None:
     """Why this backend cannot update these tensors; None if it can."""
@@ -83,6 +85,7 @@ class Plan:
         # Of the parameters that have a gradient:
         self.active: list[int] | None = None
         self.lists: list[TensorList] = []
+        self._order: Tensor | None = None  # in which a norm adds up their rows
         self._limit: tuple[float, Tensor] | None = None  # of the gradients' norm, and on the device
 
     def set_options(self, group: int, options: GroupOptions) -> None:
@@ -151,7 +154,7 @@ class Plan:
             )
             for kind, own in kinds.items()
         ]
-        self._order: Tensor | None = None
+        self._order = None
         self.active = active
 
     def updated(self) -> list[Tensor]:
@@ -198,8 +201,10 @@ class Step:
         self._swd = [each for each in self._lists if each.method == "swd"]
         self._measured = request.telemetry is not None
         self._in_phases = in_phases
-        rows = len(gradients) if in_phases else 0
-        self.sums = torch.zeros(rows, len(SUMS), dtype=torch.float64, device=plan.device)
+        self.sums = _NO_SUMS
+        if in_phases:
+            rows = len(gradients), len(SUMS)
+            self.sums = torch.zeros(rows, dtype=torch.float64, device=plan.device)
         # The maxima of amsgrad are those of the scaled gradients: where a norm decides over the
         # scale, they come second. Telemetry's squares are the update's, unless the sums are handed
         # on, where all squares are of one sum.
@@ -272,7 +277,7 @@ class Step:
         the other."""
         request, device = self._request, self._plan.device
         given = (request.grad_scale, request.found_inf)
-        if squares is not None or given != (None, None):
+        if any(x is not None for x in (squares, *given)):
             self._decision = torch.empty(len(DECISION), dtype=torch.float64, device=device)
             launch(
                 device,
