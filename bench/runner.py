@@ -101,7 +101,8 @@ def run(workloads: Iterable[Workload], device: torch.device, console: Console) -
         for case, record in zip(cases, records, strict=True):
             if record.problem:
                 absent.append(Absence(workload.title, case.contender.name, record.problem))
-                console.print(record.trace, highlight=False, markup=False)
+                if record.trace:
+                    console.print(record.trace, highlight=False, markup=False)
             else:
                 rows.append(row_of(case, record))
     return Results(

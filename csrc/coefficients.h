@@ -53,7 +53,7 @@ WDK_INLINE StepNumbers numbers_of(const GroupOptions& o, double t) {
   if (o.decay == Decay::unmixed) c.decay = lambda * bias_correction1;
   if (o.decay == Decay::decoupled) {
     const double relative = o.decay_scale == DecayScale::lr ? o.lr : o.lr / o.lr_max;
-    c.decay = lambda * (o.decay_scale == DecayScale::independent ? o.lr > 0
+    c.decay = lambda * (o.decay_scale == DecayScale::independent ? 1
                         : o.decay_scale == DecayScale::corrected ? o.lr * relative
                                                                  : relative);
   }

@@ -5,8 +5,6 @@
 // but the C library and OpenMP: a shared inline function could be merged across instruction sets.
 #include <sched.h>
 
-#include <type_traits>
-
 #include "cpu_tile.h"
 
 namespace wdk::WDK_ISA {
@@ -56,12 +54,11 @@ void pull_tile(const Tile<T>& s, T shrink) {
 
 // Sums of the columns [first, last) of sums.h, in `width` accumulators each; term(i, terms) gives what
 // element i adds to them, in T, and may write element i of its streams, which do not overlap. Runs of
-// kRun terms are added in T before they are added in double: for float that halves the cost, and a
-// run's rounding is no larger than that of its terms.
+// kRun terms are added in T before they are added in double: for float that halves the cost, and a run's
+// rounding is no larger than that of its terms.
 template <class T, int first, int last, int width = kLanes>
 struct Sums {
-  static constexpr int count = last - first;
-  double lanes[count][width] = {};
+  double lanes[last - first][width] = {};
 
   template <class Term>
   WDK_INLINE void add(int64_t n, const Term& term) {
@@ -71,12 +68,13 @@ struct Sums {
     for (int lane = 0; i < n; ++i, ++lane) {
       T terms[kSums];
       term(i, terms);
-      for (int k = 0; k < count; ++k) lanes[k][lane] += double(terms[first + k]);
+      for (int k = first; k < last; ++k) lanes[k - first][lane] += double(terms[k]);
     }
   }
 
   template <int size, class Term>
   WDK_INLINE void add_run(int64_t begin, const Term& term) {
+    constexpr int count = last - first;
     T run[count][width] = {};
     for (int64_t i = begin; i < begin + size * width; i += width)
 #pragma GCC ivdep
@@ -91,10 +89,10 @@ struct Sums {
 
   // Leaves the sums in a chunk's row.
   void write(double* row) const {
-    for (int k = 0; k < count; ++k) {
+    for (int k = first; k < last; ++k) {
       double sum = 0;
-      for (int lane = 0; lane < width; ++lane) sum += lanes[k][lane];
-      row[first + k] = sum;
+      for (int lane = 0; lane < width; ++lane) sum += lanes[k - first][lane];
+      row[k] = sum;
     }
   }
 };
@@ -104,11 +102,13 @@ using MaximumSums = Sums<double, kMaximum, kMaximum + 1>;
 template <class T>
 using ProjectionSums = Sums<T, kFirstProjected, kLastProjected>;
 
-// Telemetry's six sums. In half as many accumulators: more would not stay in registers. But the
-// projection's decide over the step, and are added in the order of a step that is not measured.
-template <class T, bool projected>
-using MeasuringSums = std::conditional_t<projected, Sums<T, kFirstMeasured, kLastProjected>,
-                                         Sums<T, kFirstMeasured, kLastMeasured, kLanes / 2>>;
+// Telemetry's six sums, in half as many accumulators: more would not stay in registers. With the
+// projection's behind them they have as many as those have alone, so that a measured step decides as any
+// other one does.
+template <class T>
+using MeasuringSums = Sums<T, kFirstMeasured, kLastMeasured, kLanes / 2>;
+template <class T>
+using ProjectedMeasuringSums = Sums<T, kFirstMeasured, kLastProjected>;
 
 // From four places at once: along one run of addresses alone, fewer reads are in flight than memory
 // can serve, which costs a third of its speed.
@@ -154,9 +154,8 @@ void step_and_sum(ProjectionSums<T>& sums, const Tile<T>& s, const Coefficients<
 
 // The step, and what it adds to telemetry's sums. There is an anchor: the few steps that are
 // measured may read zeros.
-template <Decay decay, bool amsgrad, bool cautious, class T>
-void step_and_measure(MeasuringSums<T, decay == Decay::projection>& sums, const Tile<T>& s,
-                      const Coefficients<T>& c) {
+template <Decay decay, bool amsgrad, bool cautious, class S, class T>
+void step_and_measure(S& sums, const Tile<T>& s, const Coefficients<T>& c) {
   static constexpr Variant is{decay, true, amsgrad, cautious};
   constexpr bool projected = decay == Decay::projection;
   const auto term = [w = s.w, g = s.g, m = s.m, v = s.v, vmax = s.vmax, a = s.a, c](
@@ -228,8 +227,7 @@ void step_tile(const Tile<T>& s, const Coefficients<T>& c, Variant is) {
 }
 
 template <class T>
-void measure_tile(MeasuringSums<T, false>& sums, const Tile<T>& s, const Coefficients<T>& c,
-                  Variant is) {
+void measure_tile(MeasuringSums<T>& sums, const Tile<T>& s, const Coefficients<T>& c, Variant is) {
   with(is.amsgrad, [&](auto amsgrad) {
     constexpr bool has_max = decltype(amsgrad)::on;
     switch (is.decay) {
@@ -241,17 +239,9 @@ void measure_tile(MeasuringSums<T, false>& sums, const Tile<T>& s, const Coeffic
         return with(is.cautious, [&](auto cautious) {
           step_and_measure<Decay::decoupled, has_max, decltype(cautious)::on>(sums, s, c);
         });
-      case Decay::projection:  // has other sums
+      case Decay::projection:  // takes more sums
         break;
     }
-  });
-}
-
-template <class T>
-void measure_tile(MeasuringSums<T, true>& sums, const Tile<T>& s, const Coefficients<T>& c,
-                  Variant is) {
-  with(is.amsgrad, [&](auto amsgrad) {
-    step_and_measure<Decay::projection, decltype(amsgrad)::on, false>(sums, s, c);
   });
 }
 
@@ -281,11 +271,18 @@ void update_chunk(const CpuWork& work, int64_t index) {
       });
     };
     if (work.measured) {
-      with(projected, [&](auto projected) {
-        MeasuringSums<T, decltype(projected)::on> sums;
+      if (projected) {
+        ProjectedMeasuringSums<T> sums;
+        with(is.amsgrad, [&](auto amsgrad) {
+          constexpr bool has_max = decltype(amsgrad)::on;
+          for_each([&] { step_and_measure<Decay::projection, has_max, false>(sums, tile, c); });
+        });
+        sums.write(work.chunk_sums[index]);
+      } else {
+        MeasuringSums<T> sums;
         for_each([&] { measure_tile(sums, tile, c, is); });
         sums.write(work.chunk_sums[index]);
-      });
+      }
       if (work.squares_left) square_chunk(work, index);  // the gradients are still in the cache
     } else if (projected) {
       ProjectionSums<T> sums;

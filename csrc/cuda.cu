@@ -34,14 +34,14 @@ __device__ Coefficients<T> coefficients_of(const GpuWork& work, const Row& row) 
   return c;
 }
 
-// By one thread, for all.
+// One thread tells it to all others, and to who has asked.
 __device__ void announce(const GpuWork& work, const Request& request, const Decision& decision) {
   if (work.decision) *work.decision = decision;
   if (request.grad_norm) *request.grad_norm = decision.grad_norm;
   if (decision.skip) ++*request.skipped;
 }
 
-// The next step of a row, if it is counted here; of one that is not skipped.
+// Counts the next step of a row, if it is counted here, and finds its numbers.
 __device__ void count(Row& row) {
   if (!row.step.data) return;
   row.t = row.step.get() + 1;
@@ -58,15 +58,17 @@ __device__ double part_of_v(const GpuWork& work, int index, double scale) {
   const Tensor& tensor = work.tensors[index];
   const StepNumbers& numbers = work.rows[tensor.row].numbers;
   const double* sums = work.sums[index];
-  double sum = sums[kMaximum];
+  double sum;
   if (tensor.v_sum)
     sum = *tensor.v_sum = kept_sum(*tensor.v_sum, tensor.total, sums[kGradient2], scale,
                                    numbers.coefficients.one_minus_beta2);
+  else
+    sum = sums[kMaximum];
   return sum / numbers.bias_correction2;
 }
 
-// What becomes of the table of sums: by one block, or by several that count rows if nothing has been
-// summed.
+// Decides, from the table of sums, and counts the rows. One block does it; or several, which share the
+// rows, where no sum is needed.
 __device__ void conclude(const GpuWork& work, const Request& request, Round round, int block,
                          int blocks) {
   __shared__ Decision decision;
@@ -223,7 +225,7 @@ __device__ void update_vector(const Strips<T>& s, int i, const Coefficients<T>& 
       double terms[kSums];
       measured_terms(terms, w.x[k], x, c, is);
       terms[kGradient2] = double(x.g) * double(x.g);
-      for_each_column<kMeasuredColumns>([&](int j) { sums[j] += terms[j]; });
+      for_each_column<kToldColumns>([&](int j) { sums[j] += terms[j]; });
     }
     w.x[k] = x.w;
     m.x[k] = x.m;
@@ -252,9 +254,9 @@ __device__ void update_chunk(const GpuWork& work, int index, double (&sums)[kSum
   for_each_vector(s, chunk.size, [&](auto width, int i) {
     update_vector<projected, measured, decltype(width)::value>(s, i, c, is, sums);
   });
-  constexpr unsigned set = (projected ? kProjectedColumns : 0) | (measured ? kMeasuredColumns : 0);
+  constexpr unsigned set = (projected ? kProjectedColumns : 0) | (measured ? kToldColumns : 0);
   if (set) sum_over_block<set>(sums);
-  if (measured && threadIdx.x == 0) leave<kMeasuredColumns>(work.chunk_sums[index], sums);
+  if (measured && threadIdx.x == 0) leave<kToldColumns>(work.chunk_sums[index], sums);
 }
 
 // Blocks that a multiprocessor is to hold at once, if it has registers for them.
@@ -307,14 +309,14 @@ __device__ void pull_chunk(const GpuWork& work, const Chunk& chunk, double shrin
   });
 }
 
-// By one thread, from a tensor's row of sums.
+// One thread finds it from a tensor's row of sums.
 __device__ double shrink_of(const GpuWork& work, int tensor, const double* sums) {
   const Row& row = work.rows[work.tensors[tensor].row];
   return row.numbers.coefficients.decay * projection_ratio(sums);
 }
 
-// The decision over a tensor all of whose chunks have been updated: by the block that is the last to
-// have done so.
+// Decides over a tensor all of whose chunks have been updated. The block that was the last to update
+// one does it.
 __device__ void select(const GpuWork& work, int tensor, Span span) {
   double sums[kSums];
   sum_over_rows<kProjectedColumns>(sums, work.chunk_sums + span.first, span.count);
@@ -375,7 +377,7 @@ __global__ void __launch_bounds__(kThreads, measured ? 3 : 4)
 
 // ---- telemetry ---------------------------------------------------------------------------------
 
-// A tensor's row of the table, by a block.
+// A block writes the row of one tensor.
 __global__ void __launch_bounds__(kThreads)
     tell_kernel(const GpuWork work, const bool add_up, double* rows) {
   if (skipped(work)) return;
@@ -384,9 +386,9 @@ __global__ void __launch_bounds__(kThreads)
   if (add_up) {
     const Span span = work.spans[index];
     double found[kSums];
-    sum_over_rows<kMeasuredColumns>(found, work.chunk_sums + span.first, span.count);
+    sum_over_rows<kToldColumns>(found, work.chunk_sums + span.first, span.count);
     if (threadIdx.x == 0) {
-      leave<columns(kFirstMeasured, kLastMeasured)>(sums, found);
+      leave<kMeasuredColumns>(sums, found);
       // Between phases it stands there already, with other shards' added.
       if (rows) sums[kGradient2] = found[kGradient2];
     }

@@ -11,8 +11,9 @@ constexpr int kWarp = 32;
 // A set of columns of a row of sums (sums.h), known when a kernel is compiled.
 constexpr unsigned columns(int first, int last) { return (1u << last) - (1u << first); }
 constexpr unsigned kProjectedColumns = columns(kFirstProjected, kLastProjected);
-constexpr unsigned kMeasuredColumns =
-    columns(kFirstMeasured, kLastMeasured) | columns(kGradient2, kGradient2 + 1);
+constexpr unsigned kSquares = columns(kGradient2, kGradient2 + 1);
+constexpr unsigned kMeasuredColumns = columns(kFirstMeasured, kLastMeasured);
+constexpr unsigned kToldColumns = kSquares | kMeasuredColumns;  // all that telemetry is told
 
 template <unsigned set, class Body>
 __device__ void for_each_column(const Body& body) {

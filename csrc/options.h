@@ -25,7 +25,7 @@ enum class DecayScale {
   lr,           // eta
   relative_lr,  // eta / eta_max: only the learning rate's schedule, as in arXiv 1711.05101
   corrected,    // eta^2 / eta_max: AdamC, arXiv 2506.02285
-  independent,  // 1: no learning rate; but a step with eta = 0 moves nothing
+  independent,  // 1: no learning rate at all
 };
 constexpr const char* kDecayScaleNames[] = {"lr", "relative_lr", "corrected", "independent"};
 

@@ -21,8 +21,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from support import METHODS, STORAGE, VARIANTS, Variant, gradient, random
 from torch import Tensor
-from variants import METHODS, STORAGE, VARIANTS, Variant, gradient, random
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 FOUND = 86  # the exit status that stands for findings

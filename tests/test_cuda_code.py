@@ -21,7 +21,7 @@ FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v"]
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
 # Vectors of float and of double that a kernel reads and writes, in its two touches if it is SPD's.
 STREAMS = {
-    "update_kernelIf": (8, 6),  # w or master, compensation, g, m, v, vmax, a, ema; and both of w
+    "update_kernelIf": (8, 6),  # w or master, compensation, g, m, v, vmax, a, ema; and both weights
     "update_kernelId": (7, 5),
     "project_kernelIf": (7 + 5, 5 + 3),
     "project_kernelId": (6 + 3, 4 + 2),
@@ -50,7 +50,7 @@ pytestmark = [
 
 
 class Code(NamedTuple):
-    """Of one architecture."""
+    """The machine code for one architecture."""
 
     said: str  # by the assembler, of each kernel
     functions: dict[str, str]  # their disassembly, by mangled name
@@ -96,7 +96,7 @@ def test_nothing_spills(architecture: str, compiled: dict[str, Future[Code]]) ->
 def test_accesses_are_16_bytes_wide(
     kernel: str, architecture: str, compiled: dict[str, Future[Code]]
 ) -> None:
-    """Of every stream, in global memory."""
+    """Those of every stream, in global memory."""
     found = compiled[architecture].result().kernels(kernel)
     assert len(found) == 2  # one that measures
     for code in found:
@@ -124,7 +124,7 @@ def test_loads_are_not_waited_for_one_by_one(
 def test_sums_over_gradients_are_read_ahead(
     architecture: str, compiled: dict[str, Future[Code]]
 ) -> None:
-    """Of each of four types in 16 bytes; and the three streams of the maxima of two."""
+    """They load each of four types in 16 bytes, and the three streams of the maxima of two."""
     (code,) = compiled[architecture].result().kernels("reduce_kernel")
     assert len(re.findall(r"LDG\.E\.128", code)) >= 4 * 4 + 2 * 3
     assert not re.findall(r"\bLD\.E\.128|STG\.E\.128", code)
@@ -140,6 +140,25 @@ def test_products_and_sums_are_not_fused(
     loops = code[code.index("LDG.E.128") : code.index("BAR.SYNC")]
     assert re.search(r"\bDMUL\b", loops)
     assert not re.search(r"\b(FFMA|DFMA)\b", loops)
+
+
+@pytest.mark.parametrize("kernel", ["reduce_kernel", "project_kernel"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_orders_are_kept(kernel: str, architecture: str, compiled: dict[str, Future[Code]]) -> None:
+    """Who releases something waits until what it has written can be seen; who acquires it forgets
+    what its L1 cache holds."""
+    for code in compiled[architecture].result().kernels(kernel):
+        parts = r"MEMBAR|CCTL\.IVALL|ATOMG\.E\.ADD\.S32\.STRONG\.GPU|(?:ST|LD)G\.E\.STRONG\.GPU"
+        order = re.findall(rf"\b({parts})\b", code)
+        adds = [i for i, part in enumerate(order) if part.startswith("ATOMG")]
+        assert adds
+        for i in adds:
+            assert (order[i - 1], order[i + 1]) == ("MEMBAR", "CCTL.IVALL")
+        if kernel == "project_kernel":
+            assert order[order.index("STG.E.STRONG.GPU") - 1] == "MEMBAR"
+            # The flag is read until it is there, and once more.
+            spinning, acquired = (i for i, part in enumerate(order) if part.startswith("LDG"))
+            assert order[spinning + 1 : acquired + 2] == ["LDG.E.STRONG.GPU", "CCTL.IVALL"]
 
 
 def test_the_module_is_small(compiled: dict[str, Future[Code]]) -> None:

@@ -83,7 +83,7 @@ def races(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.mark.parametrize("seed", [None, "1"])
 def test_blocks_race_for_nothing(races: Run, seed: str | None) -> None:
-    """Whatever a thread reads has been handed over to it, by barriers of its block and by atomics of
-    others in the orders that the kernels ask for; and phases have the bits of a step at once."""
+    """Whatever a thread reads has been handed over to it, by barriers of its block or by atomics in
+    the orders that the kernels ask for; and phases have the bits of a step at once."""
     result = races(seed=seed)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -11,8 +11,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
-from torch import Tensor
-from variants import (
+from support import (
     METHODS,
     NARROW,
     STORAGE,
@@ -25,15 +24,20 @@ from variants import (
     gradient,
     needs_native,
     random,
+    scaled,
     snapshot,
     train,
 )
+from support.phases import step_in_phases, take
+from torch import Tensor
 
 import wdkernels as wd
-from wdkernels.coefficients import Hyper, from_group
+from wdkernels import groups, state
 from wdkernels.device_memory import DeviceMemory
 from wdkernels.native import Plan
-from wdkernels.plan import Parameter, Request
+from wdkernels.options import GroupOptions, from_group
+from wdkernels.plan import Numbering, Request
+from wdkernels.telemetry import COLUMNS
 
 pytestmark = [
     needs_native,
@@ -45,6 +49,7 @@ ELEMENTWISE = [i for i, v in enumerate(VARIANTS) if v.method not in REDUCING]
 # Whole vectors and a rest; one element; none; two chunks and a rest.
 SHAPES = [(3, 5), (), (1000,), (7,), (0, 3), (2 * 2048 + 5,)]
 DTYPES = [torch.float32, torch.float64]
+EVERYTHING = [torch.bfloat16, *DTYPES]
 
 
 @pytest.fixture
@@ -191,7 +196,7 @@ def test_bits_of_every_storage(
 
 
 def test_anchors_of_other_types() -> None:
-    """Of all those that are no wider than what is computed in."""
+    """Anchors may be of any type that is no wider than what is computed in."""
     pairs = [(w, a) for w in (torch.float64, torch.float32, *NARROW)
              for a in (torch.float32, *NARROW) if w != a]  # fmt: skip
 
@@ -199,13 +204,22 @@ def test_anchors_of_other_types() -> None:
         params = [random(1001, seed=i, dtype=w) for i, (w, _) in enumerate(pairs)]
         anchors = [random(1001, seed=50 + i, dtype=a) for i, (_, a) in enumerate(pairs)]
         optimizer = Variant("decoupled", {}, True).build(params, "native", anchors)
+        train(optimizer, params, range(3))
         assert [optimizer.state[p]["anchor"].dtype for p in params] == [a for _, a in pairs]
-        train(optimizer, params, range(2))
         return snapshot(optimizer, params)
 
     expected = trained()
     with emulated.gpu():
         assert_same_bits(trained(), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_average_as_an_anchor(method: str) -> None:
+    """Both are one stream: what is decayed to is the average before the step."""
+    variant = Variant(method, {"anchor": "ema", "ema_decay": 0.75})
+    actual, expected = (train_it(variant, dtypes=EVERYTHING) for train_it in (on_gpu, on_cpu))
+    check = assert_almost_same if method in REDUCING else assert_same_bits
+    check(actual, expected)
 
 
 @OF_STORAGE
@@ -222,18 +236,11 @@ def test_sums_of_every_storage(
 # ---- the whole step ------------------------------------------------------------------------------
 
 
-def scaled(optimizer: Any, scale: float, found_inf: float) -> None:
-    """What a GradScaler does before it calls step()."""
-    optimizer.grad_scale = torch.tensor(scale)
-    optimizer.found_inf = torch.tensor(found_inf)
-
-
 def norm_of(params: Sequence[Tensor]) -> float:
     squares = [p.grad.double().pow(2).sum() for p in params if p.grad is not None]
     return torch.stack(squares).sum().sqrt().item()
 
 
-EVERYTHING = [torch.bfloat16, *DTYPES]
 WHOLE: list[dict[str, Any]] = [{"amsgrad": False}, {"amsgrad": True}]
 
 
@@ -298,7 +305,7 @@ def test_a_skipped_step(method: str, options: dict[str, Any], cause: str) -> Non
                 scaled(optimizer, 1.0, float(skipped))
             before = snapshot(optimizer, params)
             optimizer.step()
-            _, table, _ = optimizer._measured
+            _, table, _ = optimizer._run.measured
             assert table.isnan().all() == skipped
             if skip_nonfinite:
                 assert optimizer.grad_norm.isfinite() != skipped
@@ -333,8 +340,8 @@ def test_telemetry(variant: Variant, dtype: torch.dtype) -> None:
         tables = []
         for t in range(3):
             train(optimizer, params, range(t, t + 1))
-            if optimizer._measured:
-                tables.append(optimizer._measured[1])
+            if optimizer._run.measured:
+                tables.append(optimizer._run.measured[1])
         return snapshot(optimizer, params), tables
 
     whole: dict[str, Any] = {"ema_decay": 0.75, "max_grad_norm": 30.0}
@@ -393,7 +400,7 @@ def test_parameters_without_elements(method: str) -> None:
                 p.grad = torch.zeros_like(p)
             optimizer.step()
         assert optimizer.grad_norm == 0
-        return snapshot(optimizer, params), optimizer._measured[1]
+        return snapshot(optimizer, params), optimizer._run.measured[1]
 
     expected, table = trained()
     with emulated.gpu():
@@ -446,6 +453,128 @@ def test_launches(
     counts.append([emulated.calls(x) for x in ("cudaLaunchKernelEx", "cudaMemsetAsync")])
     launches, cleared = (after - before for before, after in zip(counts[1], counts[2], strict=True))
     assert (launches - (torch.float64 in dtypes), cleared) == expected
+
+
+# ---- phases --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtypes", "options"), STORAGE[::3], ids=["random", "kahan", "averaged"])
+@pytest.mark.parametrize("asked", [False, True], ids=["plain", "asked"])
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_phases_have_the_bits_of_a_step(
+    *,
+    method: str,
+    amsgrad: bool,
+    asked: bool,
+    dtypes: list[torch.dtype],
+    options: dict[str, Any],
+    gpu: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So it is with all that a step may be asked for."""
+    more: dict[str, Any] = {"max_grad_norm": 40.0, "skip_nonfinite": True, "telemetry_every": 1}
+
+    def trained() -> tuple[dict[str, Tensor], list[Tensor]]:
+        params = [random(*s, seed=i, dtype=d) for d in dtypes for i, s in enumerate(SHAPES)]
+        variant = Variant(method, {"amsgrad": amsgrad, **options}, anchored=method == "spd")
+        optimizer = variant.build(params, "native", **(more if asked else {}))
+        tables = []
+        for t in range(3):
+            if asked:
+                scaled(optimizer, 2.0, float(t == 1))
+            train(optimizer, params, range(t, t + 1))
+            if asked:
+                tables += [optimizer._run.measured[1], optimizer.grad_norm.clone()]
+        return snapshot(optimizer, params), tables
+
+    expected, tables = trained()
+    monkeypatch.setattr(Plan, "step", step_in_phases)
+    actual, of_phases = trained()
+    assert_same_bits(actual, expected)
+    # Telemetry's g^2 is summed before the step here, 16 bytes at a time, and during the step there.
+    for table, other in zip(of_phases, tables, strict=True):
+        torch.testing.assert_close(table, other, rtol=1e-14, atol=0, equal_nan=True)
+
+
+class Shard:
+    """A plan over a part of a matrix."""
+
+    def __init__(
+        self, variant: Variant, w: Tensor, anchor: Tensor, total: int, numbering: Numbering
+    ) -> None:
+        self.w = w
+        self.optimizer = variant.build([w], "eager", [anchor])
+        (group,) = self.optimizer.param_groups
+        options = from_group(type(self.optimizer)._method, group)
+        self.state = self.optimizer.state
+        state.complete(w, self.state[w], options, self.optimizer._run.given[w])
+        self.groups = self.optimizer.param_groups
+        (parameter,) = groups.as_parameters(self.groups, self.state, [options])
+        parameter = parameter._replace(total=total, numbering=numbering)
+        self.plan = Plan([parameter], [options], self.state, self.groups)
+        self.request = Request(
+            max_grad_norm=variant.options.get("max_grad_norm", math.inf),
+            grad_norm=torch.zeros((), dtype=torch.float64),
+            telemetry=torch.zeros(1, len(COLUMNS), dtype=torch.float64),
+        )
+
+    def begin(self, g: Tensor) -> Any:
+        self.w.grad = g
+        return self.plan.begin(self.state, self.groups, self.request)
+
+
+# Parts of a matrix that has several chunks: rows, columns, a single column. The last one has no
+# elements.
+_ALL, _NONE = slice(0, None), slice(0)
+PARTS = {
+    "rows": [(slice(0, 40), _ALL), (slice(40, 67), _ALL), (_NONE, _ALL)],
+    "columns": [(_ALL, slice(0, 65)), (_ALL, slice(65, 130)), (_ALL, _NONE)],
+    "column": [(_ALL, slice(0, 129)), (_ALL, slice(129, 130)), (_ALL, _NONE)],
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=list(PARTS))
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_shards(method: str, amsgrad: bool, parts: Sequence[Any], gpu: Any) -> None:
+    """Parts whose sums are added up between the phases take the step of the whole, with the same
+    random bits."""
+    clipped = {"max_grad_norm": 30.0} if method in REDUCING else {}
+    variant = Variant(
+        method, {"amsgrad": amsgrad, "moment_dtype": torch.bfloat16, "seed": 3, **clipped}, True
+    )
+    whole, anchor = (random(67, 130, seed=i, dtype=torch.bfloat16) for i in (1, 2))
+
+    def numbering(rows: slice, columns: slice) -> Numbering:
+        width = len(range(*columns.indices(130)))
+        first = (rows.start or 0) * 130 + (columns.start or 0)
+        return Numbering(first) if width in (0, 130) else Numbering(first, width, 130)
+
+    def part(x: Tensor, where: Any) -> Tensor:
+        return x[where].contiguous().clone()
+
+    one = Shard(variant, whole.clone(), anchor, whole.numel(), Numbering())
+    shards = [
+        Shard(variant, part(whole, each), part(anchor, each), whole.numel(), numbering(*each))
+        for each in parts
+    ]
+    for t in range(3):
+        g = random(67, 130, seed=10 + t, dtype=torch.bfloat16)
+        take([one.begin(g)])
+        take([shard.begin(part(g, each)) for shard, each in zip(shards, parts, strict=True)])
+        for shard in shards:
+            for name in ("grad_norm", "telemetry"):
+                actual, expected = getattr(shard.request, name), getattr(one.request, name)
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-12)
+    for shard, each in zip(shards, parts, strict=True):
+        for name, x in snapshot(shard.optimizer, [shard.w]).items():
+            y = snapshot(one.optimizer, [one.w])[name]
+            y = part(y, each) if y.dim() else y
+            if method in REDUCING:
+                assert_almost_same({name: x}, {name: y})
+            else:
+                assert_same_bits({name: x}, {name: y})
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -551,22 +680,22 @@ class Captured:
         self.optimizer = kind(params, lr=0.1, weight_decay=0.2, backend="eager", **options)
         self.lr = torch.tensor(0.1, dtype=torch.float64)
         self.weight_decay = torch.tensor(0.2, dtype=torch.float64)
-        group = self.optimizer.param_groups[0]
+        (group,) = self.optimizer.param_groups
         group["capturable"] = True
-        live = {"lr": self.lr, "weight_decay": self.weight_decay}
-        hyper: Hyper = from_group(kind._method, group)
-        self.hyper = dataclasses.replace(hyper, lr=0.0, weight_decay=0.0, live=live)
+        numbers = {"lr": self.lr, "weight_decay": self.weight_decay}
+        plain: GroupOptions = from_group(kind._method, group)
+        self.options = plain.replace(lr=0.0, weight_decay=0.0, device_numbers=numbers)
         for p in params:
-            self.optimizer._complete_state(p, hyper)
+            state.complete(p, self.optimizer.state[p], plain, None)
         self.plan: Plan | None = None
 
     def step(self, request: Request = NOTHING) -> None:
-        state, groups = self.optimizer.state, self.optimizer.param_groups
+        states, param_groups = self.optimizer.state, self.optimizer.param_groups
         if self.plan is None:
-            members = [Parameter(p, state[p], 0, str(i), i) for i, p in enumerate(self.params)]
-            self.plan = Plan(members, [self.hyper], state, groups)
+            members = groups.as_parameters(param_groups, states, [self.options])
+            self.plan = Plan(members, [self.options], states, param_groups)
         with torch.no_grad():
-            assert self.plan.step(state, groups, request)
+            assert self.plan.step(states, param_groups, request)
 
 
 @pytest.mark.parametrize("schedule", [None, wd.schedules.cosine(1.0, 0.0, steps=3)], ids=bool)
@@ -603,9 +732,9 @@ def test_numbers_of_the_device(kind: type[Any], schedule: Any, gpu: Any, sent: l
 
 def test_who_waits_can_read_them() -> None:
     """As the eager formulas do, where they stand in for a backend."""
-    hyper = Captured(wd.AdamW, model()).hyper
-    assert (hyper.lr, hyper.weight_decay) == (0.0, 0.0)
-    assert (hyper.read().lr, hyper.read().weight_decay) == (0.1, 0.2)
+    options = Captured(wd.AdamW, model()).options
+    assert (options.lr, options.weight_decay) == (0.0, 0.0)
+    assert (options.read().lr, options.read().weight_decay) == (0.1, 0.2)
 
 
 def test_a_capture_has_memory_of_its_own(gpu: emulated.Machine, sent: list[int]) -> None:

@@ -172,7 +172,7 @@ def test_grad_scaler_without_gradients(backend: str) -> None:
 def test_clipping_is_that_of_torch(
     variant: Variant, backend: str, max_norm: float | Tensor
 ) -> None:
-    """Of groups with other numbers, too: the norm is one for all."""
+    """So it is for groups with other numbers: the norm is one for all."""
     runs = []
     for own in (True, False):
         params = weights()
@@ -438,12 +438,18 @@ MODES: list[tuple[torch.dtype, dict[str, Any]]] = [
 every_mode = pytest.mark.parametrize(("dtype", "mode"), MODES, ids=str)
 
 
+def averaged(backend: str, dtype: torch.dtype, mode: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    """An optimizer and its parameters after two steps, of which one had no gradient yet."""
+    params = weights(dtype)
+    optimizer = wd.AdamW(params, lr=0.1, backend=backend, ema_decay=0.5, **mode)
+    train(optimizer, params, range(2))
+    return optimizer, params
+
+
 @every_mode
 @every_backend
 def test_averages_in_and_out(backend: str, dtype: torch.dtype, mode: dict[str, Any]) -> None:
-    params = weights(dtype)
-    optimizer = wd.AdamW(params, lr=0.1, backend=backend, ema_decay=0.5, **mode)
-    train(optimizer, params, range(2))  # one of them has not been updated yet
+    optimizer, params = averaged(backend, dtype, mode)
     runs = copy.deepcopy((optimizer, params))
     before = snapshot(optimizer, params)
     for _ in range(2):
@@ -466,9 +472,7 @@ def test_weights_come_back_that_no_step_has_stored(
     backend: str, dtype: torch.dtype, mode: dict[str, Any]
 ) -> None:
     """Loaded into the model since, say: a master copy or a compensation does not know of them."""
-    params = weights(dtype)
-    optimizer = wd.AdamW(params, lr=0.1, backend=backend, ema_decay=0.5, **mode)
-    train(optimizer, params, range(2))
+    optimizer, params = averaged(backend, dtype, mode)
     for i, p in enumerate(params):
         p.data.copy_(random(*p.shape, seed=90 + i, dtype=dtype))
     before = snapshot(optimizer, params)
@@ -520,9 +524,7 @@ INSIDE: dict[str, Callable[[Any], Any]] = {
 def test_exchanged_weights_are_left_alone(
     backend: str, dtype: torch.dtype, mode: dict[str, Any], what: str
 ) -> None:
-    params = weights(dtype)
-    optimizer = wd.AdamW(params, backend=backend, ema_decay=0.5, **mode)
-    train(optimizer, params, range(2))
+    optimizer, params = averaged(backend, dtype, mode)
     before = snapshot(optimizer, params)
     with (
         pytest.raises(RuntimeError, match=rf"{what.strip()}.* in ema_weights\(\), where weights"),
@@ -539,9 +541,7 @@ def test_weights_come_back_after_an_exception(
     backend: str, dtype: torch.dtype, mode: dict[str, Any]
 ) -> None:
     """One of the caller's, and one in the middle of the exchange."""
-    params = weights(dtype)
-    optimizer = wd.AdamW(params, backend=backend, ema_decay=0.5, **mode)
-    train(optimizer, params, range(2))
+    optimizer, params = averaged(backend, dtype, mode)
     before = snapshot(optimizer, params)
     with pytest.raises(KeyError), optimizer.ema_weights():
         raise KeyError
@@ -561,9 +561,7 @@ def test_weights_come_back_after_an_exception(
 def test_whatever_comes_of_one_weight_the_others_come_back(
     backend: str, dtype: torch.dtype, mode: dict[str, Any]
 ) -> None:
-    params = weights(dtype)
-    optimizer = wd.AdamW(params, backend=backend, ema_decay=0.5, **mode)
-    train(optimizer, params, range(2))
+    optimizer, params = averaged(backend, dtype, mode)
     before = [p.clone() for p in params]
     averages = {p: optimizer.state[p]["ema"] for p in params[1:] if optimizer.state[p]}
     values = [x.clone() for x in averages.values()]
@@ -648,8 +646,12 @@ FIRST_STEPS = {
     ),
     # The penalty is in v, and not in the gradient's norm.
     "L2": FirstStep(wd.Adam, {}, 0.1, 0.1 * 5, root=(2.3, 0.6)),
+    "L2, anchor": FirstStep(wd.Adam, {"anchor": (3.0, 0.0)}, 0.1, 0.1 * 4, root=(2.0, 0.6)),
     # u = lr ((2 + 0.3) / 2, (-1 + 0.4) / 1), of which the decay is lr (0.3 / 2, 0.4 / 1).
     "unmixed": FirstStep(wd.Adam, {"unmixed": True}, 0.1, math.hypot(0.075, 0.2), u=(0.575, -0.3)),
+    "unmixed, anchor": FirstStep(
+        wd.Adam, {"unmixed": True, "anchor": (3.0, 0.0)}, 0.1, 0.2, u=(0.5, -0.3)
+    ),
     "SWD": FirstStep(
         *(wd.AdamSWD, {}, 0.05 / 2.5**0.5, 0.05 / 2.5**0.5 * 5, {"sqrt_mean_v": 2.5**0.5})
     ),

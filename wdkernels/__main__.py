@@ -16,7 +16,7 @@ from torch import Tensor
 
 import wdkernels
 from wdkernels import native
-from wdkernels.optim import _MODULES
+from wdkernels.backends import MODULES, chosen
 
 _C: Any = getattr(native, "_C", None)  # the compiled module, where there is one
 OPTIMIZERS = (wdkernels.Adam, wdkernels.AdamW, wdkernels.AdamSWD, wdkernels.AdamSPD)
@@ -74,13 +74,14 @@ def backends() -> Iterator[tuple[str, ...]]:
     yield "device", "backend", "why"
     for device in devices():
         x = torch.zeros(1, device=device)
-        best = picked(wdkernels.AdamW, x)
+        best = picked(x)
         label = f"{device}: {description(device)}"
-        for name, module in _MODULES.items():
+        for name, module in MODULES.items():
             note = "picked by auto" if name == best else module.refuses([x])
+            if name == "eager" and not note:
+                note = "runs everywhere, slowly"
             yield label, name, note or f"would run, but {best} comes first"
             label = ""
-        yield "", "eager", "picked by auto" if best == "eager" else "runs everywhere, slowly"
 
 
 def description(device: torch.device) -> str:
@@ -93,10 +94,10 @@ def description(device: torch.device) -> str:
     return str(name(device)) if name else device.type
 
 
-def picked(optimizer: Any, x: Tensor) -> str:
+def picked(x: Tensor) -> str:
     """The backend that `auto` picks."""
-    module = optimizer([x])._choose([x])
-    return next((name for name, each in _MODULES.items() if each is module), "eager")
+    module = chosen("auto", [x])
+    return next(name for name, each in MODULES.items() if each is module)
 
 
 def _version_of(package: str) -> str:
@@ -124,7 +125,7 @@ def table(rows: Iterable[tuple[str, ...]]) -> str:
 def results(checks: Iterable[tuple[torch.device, Any, str]]) -> Iterator[tuple[str, ...]]:
     yield "device", "optimizer", "backend", f"{STEPS} steps beside the papers' formulas in float64"
     for device, optimizer, problem in checks:
-        backend = picked(optimizer, torch.zeros(1, device=device))
+        backend = picked(torch.zeros(1, device=device))
         yield str(device), optimizer.__name__, backend, problem or "agree"
 
 

@@ -7,13 +7,18 @@ from types import ModuleType
 
 from torch import Tensor
 
-from wdkernels import native, triton_backend
+from wdkernels import native, reference, triton_backend
 
-MODULES: dict[str, ModuleType] = {"native": native, "triton": triton_backend}  # the best one first
+# The best one first. The last one refuses nothing.
+MODULES: dict[str, ModuleType] = {
+    "native": native,
+    "triton": triton_backend,
+    "eager": reference,
+}
 
 
-def chosen(wanted: str, tensors: Sequence[Tensor]) -> ModuleType | None:
-    """The backend that updates these tensors; None for the eager formulas.
+def chosen(wanted: str, tensors: Sequence[Tensor]) -> ModuleType:
+    """The backend that updates these tensors.
 
     `wanted` is an option of the optimizer; a ValueError says why what it names can't be had.
     """
@@ -25,4 +30,4 @@ def chosen(wanted: str, tensors: Sequence[Tensor]) -> ModuleType | None:
             return module
         if wanted == name:
             raise ValueError(f"backend {name!r} can't be had: {refusal}; try backend='auto'")
-    return None
+    raise AssertionError("the last backend refuses nothing")

@@ -2,8 +2,8 @@
 
 A state dict is torch.optim's, both ways. A group holds plain data: the options of torch.optim.Adam,
 those of ours that differ from their defaults, and the `method` of the optimizer it is of. One that
-torch.optim wrote says how torch does it (`foreach`, `fused`); it may carry entries of ours along, but
-has not kept them up.
+torch.optim wrote says how torch does it (`foreach`, `fused`); it may carry entries of ours along,
+but has not kept them up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wdkernels import checks, state
+from wdkernels import checks, shards, state
 from wdkernels.options import (
     GROUP_OPTIONS,
     NUMBERS,
@@ -48,7 +48,7 @@ class Loaded(NamedTuple):
     groups: list[Group]
     options: list[GroupOptions]
     states: dict[Tensor, state.State]
-    copies: list[tuple[Tensor, str]]  # of weights that may be replaced before the next step
+    made: list[tuple[Tensor, list[str], GroupOptions]]  # entries that were not saved, or not in use
 
 
 class Target(NamedTuple):
@@ -95,15 +95,10 @@ def merged(target: Target, state_dict: dict[str, Any]) -> Loaded:
     for p, own, options in work:  # all fits
         if own:
             loaded.states[p] = _copied(p, own, options)
-            begun = own.get("step", 1) == 0
-            copies = state.complete(p, loaded.states[p], options, target.given.get(p))
-            if begun:  # what it has are copies, too
-                copies = [entry.name for entry in state.ENTRIES if entry.start == "weight"]
-            loaded.copies.extend(
-                (p, name)
-                for name in copies
-                if name in loaded.states[p] and not (name == "anchor" and options.anchor == "given")
-            )
+            made = state.complete(p, loaded.states[p], options, target.given.get(p))
+            loaded.made.append((p, made, options))
+            if own.get("step", 1) == 0:  # what it has are copies, too
+                made += [name for name in loaded.states[p] if name not in made]
     return loaded
 
 
@@ -154,8 +149,8 @@ def _of_ours(saved: Mapping[str, Any]) -> bool:
 
 
 def _merged_group(saved: Mapping[str, Any], group: Mapping[str, Any], method: str) -> Group:
-    """The options that are saved. One that is not has its default; or stays as it is, where who saved
-    the others did not know it."""
+    """The options that are saved. One that is not has its default; or stays as it is, where who
+    saved the others did not know it."""
     saver = None if _by_torch(saved) else saved.get(_METHOD)
     narrow = any(p.dtype in state.NARROW for p in group["params"])
     new = Group()
@@ -256,6 +251,7 @@ def _copied(p: Tensor, own: Mapping[str, Any], options: GroupOptions) -> state.S
             copied["step"] = step.reshape(()).clone()
             continue
         dtype = state.fitting(x, entry.dtypes(p, options))
+        x = shards.sharded_like(p, x)
         new = x.detach().to(p.device, dtype, copy=True)
         copied[entry.name] = new.reshape(()) if entry.shape == "number" else new
     return copied

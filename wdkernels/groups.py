@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from wdkernels import checks, layouts, state
+from wdkernels import checks, layouts, shards, state
+from wdkernels.layouts import Numbering
 from wdkernels.options import NUMBERS, Group, GroupOptions, from_group
 from wdkernels.plan import Parameter, Plan
 
@@ -34,8 +35,8 @@ def elements(p: Tensor) -> int:
 
 
 def learns(p: Tensor) -> bool:
-    """Whether p may come to have a gradient. A frozen parameter, of whatever type, is left alone, and
-    a lazy module's as long as it has no shape."""
+    """Whether p may come to have a gradient. A frozen parameter, of whatever type, is left alone,
+    and a lazy module's as long as it has no shape."""
     if isinstance(p, torch.nn.parameter.UninitializedParameter):
         return False
     frozen = isinstance(p, torch.nn.Parameter) and not p.requires_grad
@@ -89,7 +90,8 @@ def given_anchors(group: Group, index: int) -> dict[Tensor, Tensor]:
     for k, (p, a) in enumerate(zip(params, anchors, strict=True)):
         state.check_anchor(p, a, checks.name_of(group, index, k))
         dtype = state.fitting(a, state.anchor_dtypes(p))
-        copies[p] = torch.empty_like(p.detach(), dtype=dtype).copy_(a.detach())
+        copies[p] = torch.empty_like(p.detach(), dtype=dtype)
+        copies[p].copy_(shards.sharded_like(p, a.detach()))
     return copies
 
 
@@ -227,6 +229,10 @@ def check(
     return memory
 
 
+def _rounds_randomly(p: Tensor, options: GroupOptions) -> bool:
+    return state.storage_of(p, options) == "stochastic" or options.moment_dtype is not None
+
+
 def as_parameters(
     groups: Groups, states: Mapping[Tensor, Any], options: Sequence[GroupOptions]
 ) -> list[Parameter]:
@@ -234,6 +240,7 @@ def as_parameters(
     found = []
     for position, (i, k, group, p) in enumerate(parameters(groups)):
         own = states.get(p) or None
+        random = _rounds_randomly(p, options[i])
         found.append(
             Parameter(
                 tensor=p,
@@ -244,6 +251,7 @@ def as_parameters(
                 name=checks.name_of(group, i, k),
                 position=position,
                 total=0 if own is None else elements(p),
+                numbering=shards.numbering_of(p) if random else Numbering(),
             )
         )
     return found

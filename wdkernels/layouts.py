@@ -8,9 +8,24 @@ parameter has the same order. Everything else passes through a copy.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Numbering(NamedTuple):
+    """Which elements of the whole tensor those of a shard are, in the order of memory:
+
+        number(i) = first + i                               if run is 0
+                    first + i // run * pitch + i % run      else
+
+    Random bits depend on an element's number, so that they do not depend on the sharding.
+    """
+
+    first: int = 0
+    run: int = 0
+    pitch: int = 0
 
 
 def is_dense(x: Tensor) -> bool:

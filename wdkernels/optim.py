@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from operator import is_
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from wdkernels import backends, checkpoint, groups, layouts, reference, state
+from wdkernels import backends, checkpoint, checks, groups, layouts, reference, shards, state
 from wdkernels.options import (
     GROUP_OPTIONS,
     OPTIMIZER_OPTIONS,
@@ -48,10 +48,11 @@ from wdkernels.options import (
     refuse_differentiable,
     refuse_unknown,
 )
-from wdkernels.plan import Plan, Request
+from wdkernels.plan import Phases, Plan, Request
 from wdkernels.telemetry import COLUMNS, Telemetry
 
 _NOTHING = Request()
+_CHANGED = "tensors changed while the step was being prepared"
 _OF_A_STEP = ("max_grad_norm", "skip_nonfinite", "telemetry_every")
 
 
@@ -75,6 +76,7 @@ class _Run:
 
     # Derived from the groups and the state; the next step finds it again.
     plan: Plan | None = None
+    reducer: shards.Reducer | None = None  # where parameters are sharded
     known: list[groups.Known] = field(default_factory=list)  # by group
     checked_memory: list[Any] = field(default_factory=list)
 
@@ -184,12 +186,24 @@ class _Adam(torch.optim.Optimizer):
                 loss = closure()
         run, request = self._run, self._request()
         run.plan = groups.read_again(self.param_groups, run.known, self._read, run.plan)
+        if run.plan is None:
+            run.reducer = self._reducer()
+        if not self.state and self._is_only_looked_at():
+            self._complete_states()
+            return loss
         if run.copies:
             self._renew()
-        if run.plan is None or not run.plan.step(self.state, self.param_groups, request):
-            self._step_anew(request)
-        if run.copies:
-            self._settle()
+        if run.reducer is not None:
+            swd, spd = self._method == "swd", self._method == "spd"
+            measured = request.telemetry is not None
+            before, after = request.needs_norm or swd, spd or measured
+            run.reducer.step(lambda: self._begin(request), before, after)
+        elif not (
+            (run.plan is not None and run.plan.step(self.state, self.param_groups, request))
+            or self._prepared().step(self.state, self.param_groups, request)
+        ):
+            raise RuntimeError(_CHANGED)
+        run.copies.clear()
         run.calls += 1
         run.grad_norm = request.grad_norm
         if request.telemetry is not None:
@@ -237,58 +251,77 @@ class _Adam(torch.optim.Optimizer):
             self._run.forget()  # it decides where steps are counted
         self._run.checked = options
 
-    def _step_anew(self, request: Request) -> None:
-        """The step of a new set of tensors, or of a backend that keeps no plan."""
-        run = self._run
+    def _begin(self, request: Request) -> Phases:
+        """A step in phases."""
+        plan = self._run.plan
+        if plan is None or (phases := plan.begin(self.state, self.param_groups, request)) is None:
+            phases = self._prepared().begin(self.state, self.param_groups, request)
+        if phases is None:
+            raise RuntimeError(_CHANGED)
+        return phases
+
+    def _prepared(self) -> Plan:
+        """A plan for a new set of tensors; eager formulas have none that lasts."""
+        run, every = self._run, list(groups.parameters(self.param_groups))
         options = [known.options for known in run.known]
         run.checked_memory = groups.check(
             *(self.param_groups, self.state, options, run.given, run.checked_memory)
         )
-        every = list(groups.parameters(self.param_groups))
-        backend = backends.chosen(
-            self._backend, [layouts.local(p) for *_, p in every if groups.learns(p)]
-        )
+        learning = [layouts.local(p) for *_, p in every if groups.learns(p)]
+        backend = backends.chosen(self._backend, learning)
         for i, _, _, p in every:  # the first thing written, so after all checks
             if (own := self.state.get(p)) and i < len(run.completed):
                 state.retire(p, own, run.completed[i], options[i])
-            if own or p.grad is not None:
-                self._complete_state(p, options[i])
+        self._complete_states(active=True)
         run.completed = options
         parameters = groups.as_parameters(self.param_groups, self.state, options)
-        if backend is None:
-            reference.step(reference.grouped(parameters, options), request)
-            return
         plan: Plan = backend.Plan(parameters, options, self.state, self.param_groups)
-        if not plan.step(self.state, self.param_groups, request):
-            raise RuntimeError("tensors changed while the step was being prepared")
-        run.plan = plan
+        run.plan = None if backend is reference else plan
+        return plan
 
-    def _complete_state(self, p: Tensor, options: GroupOptions) -> None:
-        copies = state.complete(p, self.state[p], options, self._run.given.pop(p, None))
-        self._run.copies += [(p, name) for name in copies]
-
-    def _complete_states(self) -> None:
+    def _complete_states(self, active: bool = False) -> None:
+        """Completes those of all that learn; for a step, of what has a state or a gradient."""
         options = [self._read(group, i) for i, group in enumerate(self.param_groups)]
+        made = []
         for i, _, _, p in groups.parameters(self.param_groups):
-            if groups.learns(p):
-                self._complete_state(p, options[i])
+            if self.state.get(p) or (p.grad is not None if active else groups.learns(p)):
+                given = self._run.given.pop(p, None)
+                names = state.complete(p, self.state[p], options[i], given)
+                made.append((p, names, options[i]))
+        self._take_note(made)
+
+    def _take_note(self, made: Iterable[tuple[Tensor, list[str], GroupOptions]]) -> None:
+        """What new entries mean: copies of weights follow them until they move, and what has been
+        summed over shards is added up."""
+        sums = {}
+        for p, names, options in made:
+            copies = state.copies_of_weights(names, options)
+            self._run.copies += [(p, name) for name in copies]
+            if "exp_avg_sq_sum" in names and "exp_avg_sq" not in names:  # else it is 0
+                sums[p] = self.state[p]["exp_avg_sq_sum"]
+        if sums and (reducer := self._reducer()) is not None:
+            reducer.add_up_numbers(sums)
+
+    def _reducer(self) -> shards.Reducer | None:
+        every = groups.parameters(self.param_groups)
+        return shards.reducer_of([(checks.name_of(group, i, k), p) for i, k, group, p in every])
+
+    def _is_only_looked_at(self) -> bool:
+        """Whether a first step has lr = 0 and gradients that are 0: so torch.distributed.checkpoint
+        makes the states of a new optimizer, which is to change nothing."""
+        options = [known.options for known in self._run.known]
+        if any(each.lr or each.device_numbers for each in options):
+            return False
+        gradients = [p.grad for *_, p in groups.parameters(self.param_groups) if p.grad is not None]
+        nothing = bool(gradients) and not any(layouts.local(g).any() for g in gradients)
+        reducer = self._run.reducer
+        return nothing if reducer is None else reducer.agree(nothing)
 
     def _renew(self) -> None:
         """Copies of weights that have not moved since: a model may have been loaded meanwhile."""
         for p, name in self._run.copies:
             if name in self.state.get(p, {}):
                 self.state[p][name].copy_(p.detach())
-
-    def _settle(self) -> None:
-        """Copies are the optimizer's own once weights have moved; a step with lr = 0, by which
-        torch.distributed.checkpoint makes the states of a new optimizer, moves none."""
-        options = [known.options for known in self._run.known]
-        still = {
-            p
-            for i, _, _, p in groups.parameters(self.param_groups)
-            if options[i].lr == 0 and not options[i].device_numbers
-        }
-        self._run.copies = [(p, name) for p, name in self._run.copies if p in still]
 
     def _device(self) -> torch.device:
         """Where the numbers of the whole step are: on the first parameter's device."""
@@ -425,11 +458,13 @@ class _Adam(torch.optim.Optimizer):
         if self._loaded is not None:
             self.state = defaultdict(dict, self._loaded.states)
             self.param_groups = list(self._loaded.groups)
-            given, copies = self._run.given, self._loaded.copies
+            given = self._run.given
         completed = [] if self._loaded is None else self._loaded.options
         fresh = _Run(given=given, copies=copies, completed=completed)
         run: _Run = vars(self).setdefault("_run", fresh)
         vars(run).update(vars(fresh))
+        if self._loaded is not None:
+            self._take_note(self._loaded.made)
 
 
 def _number_on(device: torch.device, x: Any) -> Tensor | None:

@@ -260,7 +260,7 @@ class Decoupled(TypedDict, total=False):
             *("lr", one_of(DECAY_SCALES)),
             'what multiplies lambda_t in d_t: "lr", eta; "relative_lr", eta/lr_max, so only the '
             'schedule of lr does (the original decoupling); "corrected", eta^2/lr_max (AdamC, '
-            'arXiv 2506.02285); "independent", 1, but for lr = 0, where nothing moves',
+            'arXiv 2506.02285); "independent", 1',
             senseless={"l2": _IN_THE_STEP, "spd": _NO_LR},
         ),
     ]
@@ -498,7 +498,7 @@ def from_group(method: str, group: Mapping[str, Any], on_device: bool = False) -
         row = GROUP_OPTIONS.get(name)
         if row is not None and (reason := row.senseless.get(method)):
             raise ValueError(f"{name} makes no sense here: {reason}")
-    given = {name: group[name] if name in group else row.default for name, row in _GROUP_ROWS}
+    given = {name: group.get(name, row.default) for name, row in _GROUP_ROWS}
     # Those of a device are read there, and never waited for.
     tensors = {
         name: x for name in ON_A_DEVICE if isinstance(x := given[name], Tensor) and x.is_cuda

@@ -1,8 +1,8 @@
 """What every backend is given, and what it must be able to do.
 
 A backend is a module with two things: `refuses(tensors)`, why it cannot update these tensors or
-None, and `Plan`, below. It sees plain tensors of one process: those of a DTensor are its local shard,
-and `Numbering` says which of the whole tensor's elements they are.
+None, and `Plan`, below. It sees plain tensors of one process: those of a DTensor are its local
+shard, and `Numbering` says which of the whole tensor's elements they are.
 """
 
 from __future__ import annotations
@@ -15,22 +15,9 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from wdkernels import checks, layouts
+from wdkernels import checks, layouts, shards
+from wdkernels.layouts import Numbering
 from wdkernels.options import GroupOptions
-
-
-class Numbering(NamedTuple):
-    """Which elements of the whole tensor those of a shard are, in the order of memory:
-
-        number(i) = first + i                               if run is 0
-                    first + i // run * pitch + i % run      else
-
-    Random bits depend on an element's number, so that they do not depend on the sharding.
-    """
-
-    first: int = 0
-    run: int = 0
-    pitch: int = 0
 
 
 class Parameter(NamedTuple):
@@ -68,7 +55,8 @@ class Phases(Protocol):
     """One step, in phases that are to be called in this order (docs/design.md).
 
     Each works on the rows of `sums` (wdkernels/sums.py), between which a caller may add up those of
-    other shards. Everything that can fail has been done before these are to be had.
+    other shards. Everything that can fail has been done before these are to be had. A plan takes
+    one step at a time.
     """
 
     sums: Tensor
@@ -83,6 +71,17 @@ class Phases(Protocol):
     def update(self) -> None: ...
 
     def finish(self) -> None: ...
+
+
+def in_turn(phases: Phases) -> None:
+    """A step of this process alone."""
+    for each in range(max(1, phases.reductions)):
+        if each < phases.reductions:
+            phases.reduce(each)
+        if not phases.decide(each):
+            return
+    phases.update()
+    phases.finish()
 
 
 class Plan(Protocol):
@@ -134,14 +133,7 @@ class Weights:
         """A gradient in the order of its weight; an exception if it cannot be brought into it."""
         p = self._parameters[position]
         checks.check_gradient(p.tensor, p.name)
-        gradient = p.tensor.grad
-        assert gradient is not None
-        if not _sharded_alike(gradient, p.tensor):
-            raise RuntimeError(
-                f"the gradient of {p.name} is sharded in another way than the parameter: "
-                "redistribute it to the parameter's placements"
-            )
-        return layouts.like(layouts.local(gradient), self[position])
+        return layouts.like(shards.gradient_of(p.tensor, p.name), self[position])
 
     def load(self) -> None:
         """Copy the parameters that are not dense; `store` brings them back."""
@@ -171,11 +163,10 @@ _ORDER: _Questions = (Tensor.size, Tensor.stride, attrgetter("dtype"), Tensor.ge
 
 
 class Watch:
-    """Finds at each step whether a plan's tensors are what and where they were, which parameters have
-    a gradient, and these gradients, in the order of the weights.
+    """Finds at each step whether a plan's tensors are what and where they were, which parameters
+    have a gradient, and these gradients, in the order of the weights.
 
-    It is for a backend whose plan is kept in Python; the compiled module has its own. Costs are those
-    of a few calls for each tensor: a step asks all tensors one question after the other.
+    It is for a backend whose plan is kept in Python; the compiled module looks for itself.
     """
 
     def __init__(
@@ -237,7 +228,7 @@ class Watch:
         copies of all that are not. To be called once after `active`, which has found them."""
         gradients, self._gradients = self._gradients, []
         for k in self._sharded:
-            if not _sharded_alike(gradients[k], self._parameters[self._active[k]]):
+            if not shards.alike(gradients[k], self._parameters[self._active[k]]):
                 return [*map(self.weights.gradient, self._active)]
             gradients[k] = layouts.local(gradients[k])
         regular = (
@@ -259,8 +250,8 @@ class Watch:
 
 
 class _Shards:
-    """Tensors, and what of them lies in this process. That of a DTensor may be another tensor in each
-    step."""
+    """Tensors, and what of them lies in this process: a DTensor's shard, which may be another one
+    in each step."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.sharded = [i for i, x in enumerate(tensors) if layouts.local(x) is not x]
@@ -273,16 +264,6 @@ class _Shards:
         for i in self.sharded:
             tensors[i] = layouts.local(tensors[i])
         return tensors
-
-
-def _sharded_alike(x: Tensor, p: Tensor) -> bool:
-    """Whether two DTensors, or two plain tensors, are in equal placements on equal meshes."""
-    here, there = getattr(x, "_spec", None), getattr(p, "_spec", None)
-    if here is there:
-        return True
-    if here is None or there is None:
-        return False
-    return bool(here.placements == there.placements and here.mesh == there.mesh)
 
 
 def _objects(state: dict[Tensor, Any], param_groups: list[dict[str, Any]]) -> list[list[int]]:

@@ -43,10 +43,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wdkernels import layouts, rounding, schedules
+from wdkernels import layouts, rounding, schedules, shards
 from wdkernels.coefficients import decay_scale, ema_decay, mix, random_key
+from wdkernels.layouts import Numbering
 from wdkernels.options import GroupOptions
-from wdkernels.plan import Numbering, Parameter, Request
+from wdkernels.plan import Parameter, Request, in_turn
 from wdkernels.state import storage_of
 from wdkernels.sums import SUMS
 from wdkernels.telemetry import COLUMNS
@@ -74,7 +75,7 @@ def grouped(parameters: Sequence[Parameter], options: Sequence[GroupOptions]) ->
             continue
         group = groups[p.group]
         group.params.append(layouts.local(p.tensor))
-        group.grads.append(layouts.local(p.tensor.grad))
+        group.grads.append(shards.gradient_of(p.tensor, p.name))
         group.states.append({name: layouts.local(x) for name, x in p.state.items()})
         group.indices.append(p.position)
         group.totals.append(p.total)
@@ -89,14 +90,36 @@ def step(groups: Sequence[Group], request: Request) -> None:
     none does, for its V is one number for all of them. A step that is to be skipped writes nothing
     but what the request wants to know.
     """
-    phases = Step(groups, request)
-    for each in range(max(1, phases.reductions)):
-        if each < phases.reductions:
-            phases.reduce(each)
-        if not phases.decide(each):
-            return
-    phases.update()
-    phases.finish()
+    in_turn(Step(groups, request))
+
+
+class Plan:
+    """The formulas as a backend. It keeps nothing: a plan is for one step."""
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        options: Sequence[GroupOptions],
+        state: dict[Tensor, Any],
+        param_groups: list[dict[str, Any]],
+    ) -> None:
+        self._groups = grouped(parameters, options)
+
+    def begin(
+        self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]], request: Request
+    ) -> Step:
+        return Step(self._groups, request)
+
+    def step(
+        self, state: dict[Tensor, Any], param_groups: list[dict[str, Any]], request: Request
+    ) -> bool:
+        step(self._groups, request)
+        return True
+
+
+def refuses(tensors: Sequence[Tensor]) -> str | None:
+    """None: the formulas take every tensor."""
+    return None
 
 
 class _Scale(NamedTuple):
@@ -109,23 +132,15 @@ class _Scale(NamedTuple):
 class _Parameter:
     """A parameter with its options, gradient and state, at its own step t."""
 
-    def __init__(
-        self,
-        options: GroupOptions,
-        w: Tensor,
-        g: Tensor,
-        state: State,
-        index: int,
-        total: int,
-        numbering: Numbering,
-        scale: _Scale,
-    ) -> None:
-        self.options, self.w, self.g, self.state = options, w, g, state
-        self.total, self.numbering, self.scale = total, numbering, scale
-        self.storage = storage_of(w, options)
-        self.t = int(state["step"].item()) + 1
-        self.lambda_t = options.weight_decay * schedules.factor(options.decay_schedule, self.t)
-        self.key = rounding.key(random_key(options, self.t), index)
+    def __init__(self, group: Group, k: int, scale: _Scale) -> None:
+        self.options, self.scale = group.options, scale
+        self.w, self.g, self.state = group.params[k], group.grads[k], group.states[k]
+        self.total, self.numbering = group.totals[k], group.numberings[k]
+        self.storage = storage_of(self.w, self.options)
+        self.t = int(self.state["step"].item()) + 1
+        factor = schedules.factor(self.options.decay_schedule, self.t)
+        self.lambda_t: float = self.options.weight_decay * factor
+        self.key = rounding.key(random_key(self.options, self.t), group.indices[k])
 
 
 class Step:
@@ -137,17 +152,14 @@ class Step:
         if request.grad_scale is not None:
             unscale = request.grad_scale.double().reciprocal().item()
         self._parameters = [
-            _Parameter(group.options, *tensors, _Scale(unscale, 1.0))
+            _Parameter(group, k, _Scale(unscale, 1.0))
             for group in groups
-            for tensors in zip(
-                *(group.params, group.grads, group.states, group.indices),
-                *(group.totals, group.numberings),
-                strict=True,
-            )
+            for k in range(len(group.params))
         ]
         self._normed = request.needs_norm
         self._swd = any(p.options.method == "swd" for p in self._parameters)
-        self.reductions = self._normed + self._swd  # v is that of the scaled gradients
+        self._squared = self._normed or request.telemetry is not None
+        self.reductions = self._squared + self._swd  # v is that of the scaled gradients
         self._mean_v: Tensor | None = None
         device = self._parameters[0].w.device if self._parameters else None
         self.sums = torch.zeros(
@@ -157,7 +169,7 @@ class Step:
 
     def reduce(self, round: int) -> None:
         """The sums over the gradients: of their squares for the norm, then of SWD's v."""
-        if self._normed and round == 0:
+        if self._squared and round == 0:
             for i, p in enumerate(self._parameters):
                 self._columns["gradient2"][i] = _dot(_load(p.g), _load(p.g))
         else:
@@ -225,7 +237,8 @@ class Step:
         w, a, g = _weight(p), _anchor(p), _gradient(p)
         d = w - a
         u, root, pull = _adam(p, d, g)
-        new, rate = w - u, p.lambda_t
+        new = w - u
+        rate: float | Tensor = p.lambda_t
         if p.options.method in ("decoupled", "swd"):
             rate = _decay_rate(p, w, self._mean_v)
             new, pull = _move(p, w, u, d, rate)
@@ -234,8 +247,13 @@ class Step:
             self._tell(i, alignment=_dot(g, d), stepped_distance2=_dot(stepped, stepped))
             self._tell(i, growth2=_dot(w - u - w, stepped + d), distance2=_dot(d, d))
         if (row := self._row(i)) is not None:
-            self._tell(i, gradient2=_dot(_load(p.g), _load(p.g)), weight2=_dot(w, w))
-            self._tell(i, update2=_dot(u, u), decay2=_dot(pull, pull), distance2=_dot(d, d))
+            self._tell(
+                i,
+                weight2=_dot(w, w),
+                update2=_dot(u, u),
+                decay2=_dot(pull, pull),
+                distance2=_dot(d, d),
+            )
             self._tell(i, update_weight=_dot(u, w), rate=(p.options.lr / root).double().sum())
             row[COLUMNS.index("decay")] = rate
         _store_weight(p, new, p.key)
@@ -305,7 +323,8 @@ class Step:
 
 
 def _adam(p: _Parameter, d: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lines 1 to 3, which store the moments: u, what divides it, what the decay adds to w, u or g."""
+    """Lines 1 to 3; the moments are stored. Returns u, what divides it, what the decay adds to w, u
+    or g."""
     o, pull = p.options, p.lambda_t * d
     m, v, v_top = _moments(p, g + pull if o.method == "l2" else g)
     _store_moments(p, m, v, v_top)

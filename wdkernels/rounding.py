@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wdkernels.coefficients import mix
-from wdkernels.plan import Numbering
+from wdkernels.layouts import Numbering
 
 _32_BITS = 0xFFFFFFFF
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from wdkernels import layouts
+from wdkernels import layouts, shards
 from wdkernels.checks import (
     check_alike,
     check_has_memory,
@@ -141,21 +141,29 @@ def streams(p: Tensor, state: Mapping[str, Any], options: GroupOptions) -> dict[
 def complete(p: Tensor, state: State, options: GroupOptions, given: Tensor | None) -> list[str]:
     """Adds what a step of p needs and the state lacks, and brings all of it into the order of p.
 
-    `given`: p's anchor, if the user gave one. Returns the names of what are now copies of p.
+    `given`: p's anchor, if the user gave one. Returns what has been made.
     """
-    copies = []
+    made = []
     for entry in ENTRIES:
         if not entry.needed(p, options):
             continue
         if entry.name not in state:
             state[entry.name] = _new(entry, p, state, options, given)
-            if entry.start == "weight" and not (entry.name == "anchor" and given is not None):
-                copies.append(entry.name)
+            made.append(entry.name)
         elif entry.name == "step" and state["step"].device != _device_of_step(p, options):
             state["step"] = state["step"].to(_device_of_step(p, options))  # capturable was switched
         elif entry.shape == "elements":
             state[entry.name] = layouts.in_order_of(p, state[entry.name])
-    return copies
+    return made
+
+
+def copies_of_weights(names: Sequence[str], options: GroupOptions) -> list[str]:
+    """Those of the entries that begin as copies of the weight. Given anchors are none."""
+    return [
+        name
+        for name in names
+        if BY_NAME[name].start == "weight" and not (name == "anchor" and options.anchor == "given")
+    ]
 
 
 def retire(p: Tensor, state: State, before: GroupOptions, options: GroupOptions) -> None:
@@ -173,11 +181,12 @@ def _new(
         dtype = torch.float64 if wide else torch.float32
         return torch.zeros((), dtype=dtype, device=_device_of_step(p, options))
     if entry.start == "sum of v":
-        return sum_of(state["exp_avg_sq"])
+        return sum_of(layouts.local(state["exp_avg_sq"]))
     dtypes = entry.dtypes(p, options)
     weight = p.detach()
     if entry.name == "anchor" and given is not None:
-        return torch.empty_like(weight, dtype=fitting(given, dtypes)).copy_(given)
+        anchor = torch.empty_like(weight, dtype=fitting(given, dtypes))
+        return anchor.copy_(shards.sharded_like(p, given))
     new = torch.zeros_like(weight, memory_format=torch.preserve_format, dtype=dtypes[0])
     return new.copy_(weight) if entry.start == "weight" else new
 

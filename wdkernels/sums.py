@@ -6,8 +6,8 @@ gradient, a column for each of `SUMS`, in memory that torch owns.
     update   leaves the sums of Selective Projection Decay and of telemetry
     finish   reads them: which tensors are pulled, what telemetry tells
 
-The first round of `reduce` leaves "gradient2", the last "maximum"; `update` leaves the columns behind
-these, and touches neither. A column that nobody asks for may hold any number.
+The first round of `reduce` leaves "gradient2", the last "maximum"; `update` leaves the columns
+behind these, and touches neither. A column that nobody asks for may hold any number.
 
 Where tensors are shards, `torch.distributed` adds up rows between `reduce` and `decide`, and
 between `update` and `finish`. w are the weights before the step, d = w - a, u is Adam's step,

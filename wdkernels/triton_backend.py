@@ -7,7 +7,6 @@ kernels and never waits for the device.
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from wdkernels import layouts
 from wdkernels.options import GroupOptions
-from wdkernels.plan import Parameter, Request, Watch
+from wdkernels.plan import Parameter, Request, Watch, in_turn
 from wdkernels.sums import SUMS
 from wdkernels.triton_lists import (
     REALS,
@@ -35,6 +34,8 @@ from wdkernels.triton_lists import (
     sent,
 )
 from wdkernels.triton_tables import DECISION
+
+_NO_SUMS = torch.empty(0, len(SUMS), dtype=torch.float64, device="cpu")
 
 
 def refuses(tensors: Sequence[Tensor]) -> str | None:
@@ -81,9 +82,10 @@ class Plan:
         self._options = list(options)
         self.watch = Watch(parameters, state, param_groups)
         self.device = parameters[0].tensor.device if parameters else torch.device("cpu")
-        # Of the parameters that have a gradient:
+        # These are about the parameters that have a gradient.
         self.active: list[int] | None = None
         self.lists: list[TensorList] = []
+        self._order: Tensor | None = None  # in which a norm adds up their rows
         self._limit: tuple[float, Tensor] | None = None  # of the gradients' norm, and on the device
 
     def set_options(self, group: int, options: GroupOptions) -> None:
@@ -103,13 +105,7 @@ class Plan:
         step = self._begin(state, param_groups, request, in_phases=False)
         if step is None:
             return False
-        for each in range(max(1, step.reductions)):
-            if each < step.reductions:
-                step.reduce(each)
-            if not step.decide(each):
-                return True
-        step.update()
-        step.finish()
+        in_turn(step)
         return True
 
     def begin(
@@ -158,7 +154,7 @@ class Plan:
             )
             for kind, own in kinds.items()
         ]
-        self._order: Tensor | None = None
+        self._order = None
         self.active = active
 
     def updated(self) -> list[Tensor]:
@@ -205,8 +201,10 @@ class Step:
         self._swd = [each for each in self._lists if each.method == "swd"]
         self._measured = request.telemetry is not None
         self._in_phases = in_phases
-        rows = len(gradients) if in_phases else 0
-        self.sums = torch.zeros(rows, len(SUMS), dtype=torch.float64, device=plan.device)
+        self.sums = _NO_SUMS
+        if in_phases:
+            rows = len(gradients), len(SUMS)
+            self.sums = torch.zeros(rows, dtype=torch.float64, device=plan.device)
         # The maxima of amsgrad are those of the scaled gradients: where a norm decides over the
         # scale, they come second. Telemetry's squares are the update's, unless the sums are handed
         # on, where all squares are of one sum.
@@ -275,26 +273,21 @@ class Step:
         return self.sums[:, SUMS.index("gradient2")].index_select(0, self._plan.order())
 
     def _decide_scale(self, squares: Tensor | None) -> None:
-        """What norm and GradScaler mean for all tensors; nothing, if nobody asks for the one or has
+        """What norm and GradScaler mean for all tensors; nothing if nobody asks for the one or has
         the other."""
         request, device = self._request, self._plan.device
-        if not (request.needs_norm or request.grad_scale is not None or request.found_inf is not None):
-            self._start()
-            return
-        self._decision = torch.empty(len(DECISION), dtype=torch.float64, device=device)
-        launch(
-            device,
-            kernels().decide_kernel,
-            1,
-            *(squares, 0 if squares is None else len(squares)),
-            *(None if squares is None else self._plan.limit(request.max_grad_norm),),
-            *(request.grad_scale, request.found_inf, self._decision),
-            *(request.grad_norm, request.skipped),
-            SKIP_NONFINITE=request.skip_nonfinite,
-        )
-        self._start()
-
-    def _start(self) -> None:
+        given = (request.grad_scale, request.found_inf)
+        if any(x is not None for x in (squares, *given)):
+            self._decision = torch.empty(len(DECISION), dtype=torch.float64, device=device)
+            launch(
+                device,
+                kernels().decide_kernel,
+                1,
+                *(squares, 0 if squares is None else len(squares)),
+                None if squares is None else self._plan.limit(request.max_grad_norm),
+                *(*given, self._decision, request.grad_norm, request.skipped),
+                SKIP_NONFINITE=request.skip_nonfinite,
+            )
         copies: dict[torch.device, Tensor] = {}
         for each in self._lists:
             if self._decision is not None and each.device not in copies:

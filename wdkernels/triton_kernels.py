@@ -3,8 +3,8 @@
 What they are given is described in triton_streams.py; and for sums:
 
     firsts    int32, each tensor's first chunk (or span) and, last, how many there are of all
-    partials  float64, what each chunk adds to the sums over its tensor, in PARTS columns, of which the
-              first are SUMS; or what each span does, in a single one
+    partials  float64, what each chunk adds to the sums over its tensor, in PARTS columns, of which
+              the first are SUMS; or what each span does, in a single one
     sums      float64, a row of SUMS for each tensor with a gradient (wdkernels/sums.py)
 
 A kernel that needs a tensor's sums folds the partials, which saves a launch; where fold_kernel has
@@ -14,6 +14,7 @@ Nothing is tuned at run time: a step cannot be repeated.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="attr-defined, call-arg"
 # These functions are Triton's language, not Python's.
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ from wdkernels.triton_streams import (
     at_once,
     coefficients_of,
     columns,
-    numbers_in_whole,
     inside,
     noise_in,
+    numbers_in_whole,
     only,
     piece_of,
     proceeds,
@@ -140,7 +141,8 @@ def projection_sums(partials, begin, end, row):
 
 @triton.jit
 def fold_kernel(tensors, firsts, partials, sums, MEASURE: tl.constexpr, PROJECT: tl.constexpr):
-    """What an update has summed over a tensor, into its row. Its squares are those of the reduction."""
+    """What an update has summed over a tensor, into its row; but for the gradient's squares, which
+    a reduction has left there."""
     i = tl.program_id(0).to(tl.int64)
     begin = tl.load(firsts + i)
     end = tl.load(firsts + i + 1)
@@ -152,9 +154,7 @@ def fold_kernel(tensors, firsts, partials, sums, MEASURE: tl.constexpr, PROJECT:
 
 
 @triton.jit
-def fold_spans_kernel(
-    tensors, firsts, partials, sums, SQUARES: tl.constexpr, MAXIMA: tl.constexpr
-):
+def fold_spans_kernel(tensors, firsts, partials, sums, SQUARES: tl.constexpr, MAXIMA: tl.constexpr):
     """What reduce_kernel has summed over a tensor, into its row: maxima, where it has them and they
     are asked for, or squares, unless they are known already."""
     i = tl.program_id(0).to(tl.int64)
@@ -422,8 +422,8 @@ def decide_kernel(
 
 @triton.jit
 def share_of_v_kernel(tensors, rows, firsts, unrounded, decision, partials, sums, shares):
-    """What a tensor adds to V. sum(v) obeys the recurrence of v itself, so it is kept, and a sum over
-    the gradient replaces one over v."""
+    """What a tensor adds to V. sum(v) obeys the recurrence of v itself, so it is kept, and a sum
+    over the gradient replaces one over v."""
     i = tl.program_id(0).to(tl.int64)
     words = tensors + i * WORDS
     numbers = unrounded + tl.load(rows + i) * UNROUNDED

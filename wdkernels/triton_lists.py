@@ -76,8 +76,8 @@ def kind_of(p: Parameter, weight: Tensor, options: GroupOptions) -> Kind:
 class TensorList:
     """Tensors of one kind, in tables: what a launch works through.
 
-    `active` says where they stand among all tensors with a gradient, which is where their rows of the
-    sums and of the telemetry are.
+    `active` says where they stand among all tensors with a gradient, and so do their rows of the
+    sums and of the telemetry.
     """
 
     counted = False  # steps, on the device
@@ -119,7 +119,7 @@ class TensorList:
                 numel=size,
                 total=p.total,
                 cautious=options[p.group].cautious,
-                index=p.position,
+                position=p.position,
                 active=row,
                 **p.numbering._asdict(),
             )

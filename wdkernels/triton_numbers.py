@@ -1,4 +1,4 @@
-"""A step's numbers computed by the device, where it counts the steps: csrc/coefficients.h in Triton."""
+"""A step's numbers, where the device counts the steps: csrc/coefficients.h in Triton."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # These functions are Triton's language, not Python's.

@@ -1,8 +1,9 @@
 """The update rule in Triton: that of csrc/update.h, same names in the same order, on blocks of
 elements; what SWD and SPD decide (csrc/decide.h); and how numbers are stored (csrc/dtype.h).
 
-It knows no loops, addresses or tables: those are triton_kernels.py's. All functions give the same
-bits as their namesakes in C++, compiled with `enable_fp_fusion=False`, so that nothing is contracted.
+It knows no loops, addresses or tables: those are triton_kernels.py's. All functions give the bits
+of their namesakes in C++ if they are compiled with `enable_fp_fusion=False`, so that nothing is
+contracted.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -96,9 +97,7 @@ def update(x, c, amsgrad, cautious, decay: tl.constexpr):
     d = x.w - x.a
     y = adam(x, d, c, amsgrad, decay)
     w = move(x.w, y.u, d, c, cautious, decay)
-    return Element(
-        w=w, g=x.g, m=y.m, v=y.v, vmax=y.vmax, a=x.a, u=y.u, denominator=y.denominator
-    )
+    return Element(w=w, g=x.g, m=y.m, v=y.v, vmax=y.vmax, a=x.a, u=y.u, denominator=y.denominator)
 
 
 @triton.jit

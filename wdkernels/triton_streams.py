@@ -7,8 +7,8 @@ Tensors reach a kernel by their addresses, so that one launch takes all of them.
     rows       int32, the tensors' rows in the next two tables
     numbers    a row of Coefficients for each group and step count, in the type that is computed in
     unrounded  float64, a row of Unrounded for each of them
-    decision   float64, DECISION: what is decided for all tensors before they are updated; None where
-               gradients are taken as they are
+    decision   float64, DECISION: what is decided for all tensors before they are updated; None
+               where gradients are taken as they are
     chunks     int32, a pair for each program: a tensor, and which chunk of it (CHUNK elements); or
     spans      the same for spans of chunks (SPAN elements), which sums before the step take
 
@@ -17,12 +17,14 @@ The types of the streams are constants of a launch: `weights` (and gradients), `
 `storage` says how weights are stored, by the names of csrc/dtype.h's Storage. Flags in capitals say
 what some tensor of the launch has, its words what each has.
 
-A chunk that is a VECTOR, full and with all streams aligned, is read and written 16 bytes at a time,
-any other one element by element under a mask. Beside streams of 32 bits those of 16 take 8 bytes: so
-a thread has the same elements of all of them, and none is exchanged through shared memory.
+A full chunk whose streams are all aligned is read and written 16 bytes at a time, any other one
+element by element under a mask. Beside streams of 32 bits those of 16 take 8 bytes: so a thread has
+the same elements of all of them, and none is exchanged through shared memory. VECTOR says how many
+elements of a stream are taken at a time; 0: one, under a mask.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="assignment, attr-defined"
 # These functions are Triton's language, not Python's.
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ WEIGHT, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, ANCHOR, COMPANION, EMA, EXP_AVG_SQ_
     TensorWords._fields,
     "weight exp_avg exp_avg_sq max_exp_avg_sq anchor companion ema exp_avg_sq_sum",
 )
-NUMEL, TOTAL, CAUTIOUS, INDEX, ACTIVE, FIRST, RUN, PITCH = columns(
-    TensorWords._fields, "numel total cautious index active first run pitch"
+NUMEL, TOTAL, CAUTIOUS, POSITION, ACTIVE, FIRST, RUN, PITCH = columns(
+    TensorWords._fields, "numel total cautious position active first run pitch"
 )
 NUMBERS = tl.constexpr(len(Coefficients._fields))
 UNROUNDED = tl.constexpr(len(Unrounded._fields))
@@ -122,7 +124,7 @@ class Piece(NamedTuple):
     companion: Any
     ema: Any
     cautious: Any
-    index: Any
+    position: Any
     numbering: Any
     tensor: Any
     row: Any
@@ -156,7 +158,7 @@ def piece_of(tensors, gradients, rows, pieces, decision, SIZE: tl.constexpr):
         companion=companion,
         ema=ema,
         cautious=tl.load(words + CAUTIOUS) != 0,
-        index=tl.load(words + INDEX),
+        position=tl.load(words + POSITION),
         numbering=Numbering(
             first=tl.load(words + FIRST),
             run=tl.load(words + RUN),
@@ -174,12 +176,12 @@ def piece_of(tensors, gradients, rows, pieces, decision, SIZE: tl.constexpr):
 def noise_in(p, unrounded):
     """The keys of the tensor's random bits in this step."""
     key = tl.load(unrounded + p.row * UNROUNDED + KEY).to(tl.int64).to(tl.uint32)
-    return noise_of(key, p.index.to(tl.uint32))
+    return noise_of(key, p.position.to(tl.uint32))
 
 
 @triton.jit
 def numbers_in_whole(numbering, begin, SIZE: tl.constexpr, RUNS: tl.constexpr):
-    """The low 32 bits of the numbers that SIZE elements from `begin` on have in the whole tensor."""
+    """The numbers, low 32 bits, that SIZE elements from `begin` on have in the whole tensor."""
     if RUNS:
         i = begin + tl.arange(0, SIZE)
         if numbering.run != 0:
@@ -201,7 +203,7 @@ def at_once(*dtypes):
 
 @triton.jit
 def stream(address, begin, dtype: tl.constexpr, SIZE: tl.constexpr, VECTOR: tl.constexpr):
-    """Pointers to SIZE elements, of which VECTOR are taken at a time; 0: they may lie anywhere."""
+    """Pointers to SIZE elements."""
     STORED: tl.constexpr = tl.uint16 if dtype == tl.bfloat16 or dtype == tl.float16 else dtype
     first = address.to(tl.pointer_type(STORED)) + begin
     if VECTOR:

@@ -1,7 +1,7 @@
 """What the host hands to the Triton kernels: the columns of each table, by name.
 
-The host fills rows by these names (triton_backend.py), and from them the kernels know where a number
-stands (triton_kernels.py). So this is where a new stream, number or option gets its column.
+The host fills rows by these names (triton_lists.py), and from them the kernels know where a number
+stands (triton_streams.py). So this is where a new stream, number or option gets its column.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class TensorWords(NamedTuple):
     numel: int  # elements that lie here
     total: int  # elements of the whole tensor
     cautious: int  # 0 or 1
-    index: int  # of the parameter, for its random bits
+    position: int  # of the parameter over all groups, for its random bits
     active: int  # position among the tensors with a gradient: its row of sums and of telemetry
     # Numbering: the elements' numbers in the whole tensor, for their random bits.
     first: int

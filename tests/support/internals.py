@@ -67,7 +67,7 @@ narrow = rounding.narrow
 
 
 def noise(key: int, x: Tensor) -> Tensor:
-    """Of a whole tensor's elements."""
+    """The random bits of a whole tensor's elements."""
     return rounding.noise(key, x, Numbering())
 
 
@@ -143,4 +143,6 @@ def _initial_state(options: GroupOptions, param: Tensor, anchor: Tensor | None) 
         state["exp_avg_sq_sum"] = torch.zeros((), dtype=torch.float64, device=param.device)
     if anchor is not None:
         state["anchor"] = anchor
+    if options.ema_decay is not None:
+        state["ema"] = param.detach().clone()
     return state

@@ -72,11 +72,14 @@ _COMMON: list[tuple[dict[str, Any], bool]] = [
     ({"decay_schedule": _SCHEDULE}, False),
     ({"decay_schedule": schedules.cosine(0.0, 2.0, steps=3)}, False),
     ({"decay_schedule": _SCHEDULE, "amsgrad": True, "maximize": True, "betas": (0.0, 0.5)}, True),
+    ({"decay_schedule": schedules.inverse(offset=3)}, True),
+    ({"anchor": "ema", "ema_decay": 0.75}, False),
 ]
 _DECOUPLED: list[tuple[dict[str, Any], bool]] = [
     ({"cautious": True}, False),
     ({"decay_scale": "relative_lr", "lr_max": 0.4}, False),
     ({"decay_scale": "corrected", "lr_max": 0.4, "cautious": True, "amsgrad": True}, True),
+    ({"decay_scale": "independent"}, False),
 ]
 PLAIN = [Variant(method) for method in METHODS]
 VARIANTS = [Variant(method, *options) for method in METHODS for options in _COMMON]

@@ -1,3 +1,0 @@
-"""Until every test imports from `support`."""
-
-from support import *  # noqa: F403
