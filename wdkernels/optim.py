@@ -31,7 +31,17 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from wdkernels import backends, checkpoint, checks, groups, layouts, reference, shards, state
+from wdkernels import (
+    averages,
+    backends,
+    checkpoint,
+    checks,
+    groups,
+    layouts,
+    reference,
+    shards,
+    state,
+)
 from wdkernels.options import (
     GROUP_OPTIONS,
     OPTIMIZER_OPTIONS,
@@ -70,7 +80,7 @@ class _Run:
     measured: tuple[int, Tensor, list[tuple[str, Tensor]]] | None = None
     swapped: bool = False  # weights and averages
     given: dict[Tensor, Tensor] = field(default_factory=dict)  # anchors that are in no state yet
-    copies: list[tuple[Tensor, str]] = field(default_factory=list)  # of weights not yet moved
+    copies: state.Copies = field(default_factory=state.Copies)
     completed: list[GroupOptions] = field(default_factory=list)  # with which states were, by group
 
     # Derived from the groups and the state; the next step finds it again.
@@ -141,7 +151,7 @@ class _Adam(torch.optim.Optimizer):
             param_group["params"] = list(param_group["params"])
             groups.refuse_duplicates(self.param_groups, param_group["params"])
         super().add_param_group(param_group)
-        group = Group.of(self.param_groups.pop())
+        group = Group.of(self.param_groups.pop(), self._method)
         refuse_differentiable(group.get("differentiable"))
         for key in TORCH_CHOICES:
             group.pop(key, None)
@@ -187,11 +197,10 @@ class _Adam(torch.optim.Optimizer):
         run.plan = groups.read_again(self.param_groups, run.known, self._read, run.plan)
         if run.plan is None:
             run.reducer = self._reducer()
-        if not self.state and self._is_only_looked_at():
+        if run.plan is None and self._is_only_looked_at():
             self._complete_states([known.options for known in run.known], groups.learns)
             return loss
-        if run.copies:
-            self._renew()
+        run.copies.renew(self.state)
         if run.reducer is not None:
             swd, spd = self._method == "swd", self._method == "spd"
             measured = request.telemetry is not None
@@ -269,9 +278,9 @@ class _Adam(torch.optim.Optimizer):
         learning = [layouts.local(p) for *_, p in every if groups.learns(p)]
         backend = backends.chosen(self._backend, learning)
         for i, _, _, p in every:  # the first thing written, so after all checks
-            if (own := self.state.get(p)) and i < len(run.completed):
-                state.retire(p, own, run.completed[i], options[i])
-        self._complete_states(options, lambda p: bool(self.state.get(p)) or p.grad is not None)
+            if i < len(run.completed):
+                state.retire(p, self.state.get(p, {}), run.completed[i], options[i])
+        self._complete_states(options, lambda p: self._has_state(p) or p.grad is not None)
         run.completed = options
         parameters = groups.as_parameters(self.param_groups, self.state, options)
         plan: Plan = backend.Plan(parameters, options, self.state, self.param_groups)
@@ -294,8 +303,7 @@ class _Adam(torch.optim.Optimizer):
         summed over shards is added up."""
         sums = {}
         for p, names, options in made:
-            copies = state.copies_of_weights(names, options)
-            self._run.copies += [(p, name) for name in copies]
+            self._run.copies.take_note(p, self.state[p], names, options)
             if "exp_avg_sq_sum" in names and "exp_avg_sq" not in names:  # else it is 0
                 sums[p] = self.state[p]["exp_avg_sq_sum"]
         if sums and (reducer := self._reducer()) is not None:
@@ -305,22 +313,21 @@ class _Adam(torch.optim.Optimizer):
         every = groups.parameters(self.param_groups)
         return shards.reducer_of([(checks.name_of(group, i, k), p) for i, k, group, p in every])
 
+    def _has_state(self, p: Tensor) -> bool:
+        return state.begun(self.state.get(p))
+
     def _is_only_looked_at(self) -> bool:
         """Whether a first step has lr = 0 and gradients that are 0: so torch.distributed.checkpoint
         makes the states of a new optimizer, which is to change nothing."""
         options = [known.options for known in self._run.known]
         if any(each.lr or each.device_numbers for each in options):
             return False
+        if any(self._has_state(p) for *_, p in groups.parameters(self.param_groups)):
+            return False
         gradients = [p.grad for *_, p in groups.parameters(self.param_groups) if p.grad is not None]
         nothing = bool(gradients) and not any(layouts.local(g).any() for g in gradients)
         reducer = self._run.reducer
         return nothing if reducer is None else reducer.agree(nothing)
-
-    def _renew(self) -> None:
-        """Copies of weights that have not moved since: a model may have been loaded meanwhile."""
-        for p, name in self._run.copies:
-            if name in self.state.get(p, {}):
-                self.state[p][name].copy_(p.detach())
 
     def _device(self) -> torch.device:
         """Where the numbers of the whole step are: on the first parameter's device."""
@@ -378,20 +385,18 @@ class _Adam(torch.optim.Optimizer):
         self._refuse_swapped("ema_weights()")
         if all(group["ema_decay"] is None for group in self.param_groups):
             raise RuntimeError("there are no averages: construct the optimizer with ema_decay")
-        not_moved = {p for p, name in self._run.copies if name == "ema"}
+        every = {p for *_, p in groups.parameters(self.param_groups)}
+        not_moved = self._run.copies.of("ema")
         with ExitStack() as undo:  # all of it, whatever of it fails
+            undo.callback(shards.reshard, every)
+            shards.reshard(every)
             self._run.swapped = True
             undo.callback(setattr, self._run, "swapped", False)
             for _, _, group, p in groups.parameters(self.param_groups):
                 ema = self.state.get(p, {}).get("ema")
                 if group["ema_decay"] is None or ema is None or p in not_moved:
                     continue
-                if p.dtype == ema.dtype:
-                    _exchange(p, ema)
-                    undo.callback(_exchange, p, ema)
-                else:
-                    undo.callback(_write, p, p.detach().clone())
-                    _write(p, ema)
+                averages.swap_in(p, ema, undo)
             yield
 
     def _refuse_swapped(self, what: str) -> None:
@@ -409,7 +414,7 @@ class _Adam(torch.optim.Optimizer):
         if self._run.given:  # which would be lost; but either all states exist or none
             options = [self._read(group, i) for i, group in enumerate(self.param_groups)]
             self._complete_states(options, groups.learns)
-        self._renew()
+        self._run.copies.renew(self.state)
         found = super().state_dict()
         found["param_groups"] = [
             checkpoint.saved_group(group, self._method) for group in found["param_groups"]
@@ -432,7 +437,7 @@ class _Adam(torch.optim.Optimizer):
         def take(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             target = checkpoint.Target(
                 *(type(self).__name__, self._method, self.param_groups, self.state),
-                *(self._run.given, self._read),
+                *(self._run.given, self._read, self._reducer()),
             )
             self._loaded = checkpoint.merged(target, final)
             return {**final, "state": {}}  # torch would cast, and keep the caller's tensors
@@ -447,20 +452,18 @@ class _Adam(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_swapped("copying")
         own = {name: getattr(self, name) for name in ("_backend", *_OF_A_STEP)}
-        unsettled = {"_given": self._run.given, "_copies": self._run.copies}
-        return {**super().__getstate__(), **own, **unsettled}
+        unsettled = {"given": self._run.given, "copies": self._run.copies}
+        return {**super().__getstate__(), **own, "_unsettled": unsettled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """torch unpickles this way, and loads a state dict before others' hooks may look at it."""
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's, in the defaults of whatever it loads
-        given, copies = state.pop("_given", {}), state.pop("_copies", [])
+        fresh = _Run(**state.pop("_unsettled", {}))
         if self._loaded is not None:
             self.state = defaultdict(dict, self._loaded.states)
             self.param_groups = list(self._loaded.groups)
-            given = self._run.given
-        completed = [] if self._loaded is None else self._loaded.options
-        fresh = _Run(given=given, copies=copies, completed=completed)
+            fresh = _Run(given=self._run.given, completed=self._loaded.options)
         run: _Run = vars(self).setdefault("_run", fresh)
         vars(run).update(vars(fresh))
         if self._loaded is not None:
@@ -469,18 +472,6 @@ class _Adam(torch.optim.Optimizer):
 
 def _number_on(device: torch.device, x: Any) -> Tensor | None:
     return None if x is None else torch.as_tensor(x, dtype=torch.float32, device=device)
-
-
-@torch.no_grad()
-def _write(to: Tensor, values: Tensor) -> None:
-    to.copy_(values)
-
-
-@torch.no_grad()
-def _exchange(p: Tensor, ema: Tensor) -> None:
-    before = p.clone()
-    p.copy_(ema)
-    ema.copy_(before)
 
 
 class Adam(_Adam):
