@@ -135,7 +135,8 @@ class Plan {
   std::vector<Row> rows_;
   std::unique_ptr<Step> loops_;
 
-  // Of the step that is running: in another thread, which has released the GIL, or between phases.
+  // These belong to the step that is running: in another thread, which has released the GIL, or between
+  // phases.
   bool running_ = false;
   bool phased_ = false;
   std::vector<Gradient> gradients_;

@@ -172,7 +172,7 @@ def test_grad_scaler_without_gradients(backend: str) -> None:
 def test_clipping_is_that_of_torch(
     variant: Variant, backend: str, max_norm: float | Tensor
 ) -> None:
-    """Of groups with other numbers, too: the norm is one for all."""
+    """So it is for groups with other numbers: the norm is one for all."""
     runs = []
     for own in (True, False):
         params = weights()

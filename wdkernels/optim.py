@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from operator import is_
@@ -71,7 +71,6 @@ class _Run:
     swapped: bool = False  # weights and averages
     given: dict[Tensor, Tensor] = field(default_factory=dict)  # anchors that are in no state yet
     copies: list[tuple[Tensor, str]] = field(default_factory=list)  # of weights not yet moved
-
     completed: list[GroupOptions] = field(default_factory=list)  # with which states were, by group
 
     # Derived from the groups and the state; the next step finds it again.
@@ -189,7 +188,7 @@ class _Adam(torch.optim.Optimizer):
         if run.plan is None:
             run.reducer = self._reducer()
         if not self.state and self._is_only_looked_at():
-            self._complete_states()
+            self._complete_states([known.options for known in run.known], groups.learns)
             return loss
         if run.copies:
             self._renew()
@@ -272,19 +271,19 @@ class _Adam(torch.optim.Optimizer):
         for i, _, _, p in every:  # the first thing written, so after all checks
             if (own := self.state.get(p)) and i < len(run.completed):
                 state.retire(p, own, run.completed[i], options[i])
-        self._complete_states(active=True)
+        self._complete_states(options, lambda p: bool(self.state.get(p)) or p.grad is not None)
         run.completed = options
         parameters = groups.as_parameters(self.param_groups, self.state, options)
         plan: Plan = backend.Plan(parameters, options, self.state, self.param_groups)
         run.plan = None if backend is reference else plan
         return plan
 
-    def _complete_states(self, active: bool = False) -> None:
-        """Of all parameters that learn; for a step, of those with a state or a gradient."""
-        options = [self._read(group, i) for i, group in enumerate(self.param_groups)]
+    def _complete_states(
+        self, options: Sequence[GroupOptions], wanted: Callable[[Tensor], bool]
+    ) -> None:
         made = []
         for i, _, _, p in groups.parameters(self.param_groups):
-            if self.state.get(p) or (p.grad is not None if active else groups.learns(p)):
+            if wanted(p):
                 given = self._run.given.pop(p, None)
                 names = state.complete(p, self.state[p], options[i], given)
                 made.append((p, names, options[i]))
@@ -303,11 +302,8 @@ class _Adam(torch.optim.Optimizer):
             reducer.add_up_numbers(sums)
 
     def _reducer(self) -> shards.Reducer | None:
-        every = list(groups.parameters(self.param_groups))
-        if not any(shards.is_shard(p) for *_, p in every):
-            return None
-        reducer = shards.Reducer([(checks.name_of(group, i, k), p) for i, k, group, p in every])
-        return reducer if reducer else None
+        every = groups.parameters(self.param_groups)
+        return shards.reducer_of([(checks.name_of(group, i, k), p) for i, k, group, p in every])
 
     def _is_only_looked_at(self) -> bool:
         """Whether a first step has lr = 0 and gradients that are 0: so torch.distributed.checkpoint
@@ -411,7 +407,8 @@ class _Adam(torch.optim.Optimizer):
         """
         self._refuse_swapped("state_dict()")
         if self._run.given:  # which would be lost; but either all states exist or none
-            self._complete_states()
+            options = [self._read(group, i) for i, group in enumerate(self.param_groups)]
+            self._complete_states(options, groups.learns)
         self._renew()
         found = super().state_dict()
         found["param_groups"] = [

@@ -107,6 +107,14 @@ def gradient_of(p: Tensor, name: str) -> Tensor:
     return layouts.local(gradient)
 
 
+def reducer_of(parameters: Sequence[tuple[str, Tensor]]) -> Reducer | None:
+    """What adds up the sums of all parameters, by name; None where nothing is sharded."""
+    if not any(is_shard(p) for _, p in parameters):
+        return None
+    reducer = Reducer(parameters)
+    return reducer if reducer else None
+
+
 class Reducer:
     """Adds up the sums of all processes that hold shards of an optimizer's parameters."""
 
