@@ -322,12 +322,18 @@ def check_in_use(
     `active`: the step is to update p; `given`: the user gave an anchor that is not in it yet.
     """
     check_state(p, state, name)
-    late = "exp_avg" in state or (active and options.anchor == "given")
-    if BY_NAME["anchor"].needed(p, options) and "anchor" not in state and late and not given:
-        raise ValueError(
-            f"{name} has no anchor: choose one at construction or in add_param_group; "
-            "it cannot be switched on later"
-        )
+    if BY_NAME["anchor"].needed(p, options) and "anchor" not in state and not given:
+        if "exp_avg" in state:
+            raise ValueError(
+                f"{name} has no anchor: choose one at construction or in add_param_group; "
+                "it cannot be switched on later"
+            )
+        if active and options.anchor == "given":
+            raise ValueError(
+                f"{name} has no anchor: those that were given belong to other parameters, in whose "
+                "place it stands; give them for the parameters that are trained, or choose "
+                "anchor='initial'"
+            )
     check_companions(p, state, options, name)
     for key in ("master", "compensation"):
         if key in state and p.dtype not in NARROW:
