@@ -248,6 +248,12 @@ def _deepspeed(device: torch.device) -> list[Contender]:
         _contender(
             "DeepSpeed", "AdamW bf16", deepspeed.adamw, dtype=torch.bfloat16, parts=(WHOLE,)
         ),
+        _contender(
+            *("DeepSpeed", "AdamW bf16 master_weights", deepspeed.WithMasters),
+            dtype=torch.bfloat16,
+            more=MASTER,
+            parts=(WHOLE,),
+        ),
     ]
     if deepspeed.has_multi(installed.submodule_search_locations or []):
         contenders.append(_contender("DeepSpeed multi", "AdamW", deepspeed.adamw_multi))

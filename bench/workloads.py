@@ -177,8 +177,8 @@ def on_gpu(memory: int) -> tuple[Workload, ...]:
         _whole(resnet50, 5),
         Workload("200x1M", "200 × 1M", ((MI,),) * 200, seconds=8),
         Workload("10x16M", "10 × 16M", ((16 * MI,),) * 10, seconds=8),
-        *_llama(memory),
         *_SHARDED,
+        *_llama(memory),
     )
 
 

@@ -24,10 +24,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 
 import wdkernels as wd
@@ -79,7 +82,8 @@ class GPT(nn.Module):
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
         for block in self.blocks:
             h = block(h, src_mask=mask, is_causal=True)
-        return self.head(self.norm(h))
+        logits: Tensor = self.head(self.norm(h))
+        return logits
 
 
 def sharded_model(seed: int) -> GPT:
@@ -88,7 +92,8 @@ def sharded_model(seed: int) -> GPT:
     mesh = init_device_mesh("cpu", (RANKS,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def optimizer_of(model: nn.Module) -> wd.AdamW:
@@ -147,7 +152,7 @@ def trained(
         yield total
         if folder is not None and step + 1 == SAVED_AFTER:
             weights, states = get_state_dict(model, optimizer)
-            checkpoint.save({"weights": weights, "states": states}, checkpoint_id=folder)
+            save({"weights": weights, "states": states}, checkpoint_id=folder)
             say(f"saved after step {step + 1}")
 
 
@@ -165,8 +170,8 @@ def resumed_run(folder: Path) -> tuple[list[float], list[Tensor]]:
     model = sharded_model(seed=1)  # other weights than the first run began with
     optimizer = optimizer_of(model)
     weights, states = get_state_dict(model, optimizer)
-    found = {"weights": weights, "states": states}
-    checkpoint.load(found, checkpoint_id=folder)
+    found: dict[str, Any] = {"weights": weights, "states": states}
+    load(found, checkpoint_id=folder)
     set_state_dict(
         model, optimizer, model_state_dict=found["weights"], optim_state_dict=found["states"]
     )
@@ -187,7 +192,7 @@ def work(rank: int, folder: str, run: str) -> None:
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for run in ("first", "resumed"):
-            torch.multiprocessing.spawn(work, args=(folder, run), nprocs=RANKS)
+            spawn(work, args=(folder, run), nprocs=RANKS)  # type: ignore[no-untyped-call]
         same = True
         for rank in range(RANKS):
             first, second = (
