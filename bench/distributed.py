@@ -65,8 +65,8 @@ def _run(meeting: str, rank: int, what: Callable[..., T], argument: Any, device_
 
 def shard(tensors: list[Tensor]) -> list[Tensor]:
     """The parameters of a module that holds these, once FSDP2 has sharded it."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import init_device_mesh
 
     module = torch.nn.Module()
     for i, x in enumerate(tensors):

@@ -192,7 +192,7 @@ def work(rank: int, folder: str, run: str) -> None:
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for run in ("first", "resumed"):
-            spawn(work, args=(folder, run), nprocs=RANKS)  # type: ignore[no-untyped-call]
+            spawn(work, args=(folder, run), nprocs=RANKS)
         same = True
         for rank in range(RANKS):
             first, second = (
