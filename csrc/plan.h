@@ -98,12 +98,12 @@ class Plan {
 
   struct Parameter {
     py::object object;
-    bool wraps;  // a DTensor
+    bool wraps = false;  // a DTensor
     py::object weight_object;
     Layout layout, weight;  // of the parameter, and of what the loops write
     py::object state;
     std::vector<Entry> entries;
-    int32_t group;
+    int32_t group = 0;
     Tensor tensor{};  // its streams, all but the gradient
     Number step;
     py::object known_spec;  // of a DTensor's gradient, the last one that was found equal to its own

@@ -311,10 +311,10 @@ class _Adam(torch.optim.Optimizer):
         options = [known.options for known in self._run.known]
         if any(each.lr or each.device_numbers for each in options):
             return False
-        gradients = [p.grad for *_, p in groups.parameters(self.param_groups) if p.grad is not None]
+        every = (p.grad for *_, p in groups.parameters(self.param_groups))
+        gradients = [each for each in every if each is not None]
         nothing = bool(gradients) and not any(layouts.local(g).any() for g in gradients)
-        reducer = self._run.reducer
-        return nothing if reducer is None else reducer.agree(nothing)
+        return nothing if (reducer := self._run.reducer) is None else reducer.agree(nothing)
 
     def _renew(self) -> None:
         """Copies of weights that have not moved since: a model may have been loaded meanwhile."""
