@@ -399,7 +399,7 @@ def test_moments_of_another_name_are_still_no_state() -> None:
     optimizer = wd.AdamW([w])
     checkpoint = optimizer.state_dict()
     checkpoint["state"][0] = {"step": torch.tensor(1.0), "exp_avg": torch.ones(3), "sum": 1}
-    with pytest.raises(ValueError, match="lacks exp_avg_sq .*another kind of optimizer"):
+    with pytest.raises(ValueError, match=r"lacks exp_avg_sq .*another kind of optimizer"):
         optimizer.load_state_dict(checkpoint)
 
 

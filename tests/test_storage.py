@@ -26,6 +26,7 @@ from support import (
     every_backend,
     every_method,
     every_variant,
+    every_variant_without_average,
     gradient,
     internals,
     needs_native,
@@ -382,7 +383,7 @@ def test_what_spd_selects_is_stored_twice(backend: str, mode: str) -> None:
 
 @every_narrow
 @every_backend
-@every_variant
+@every_variant_without_average
 def test_master_weights_are_a_run_in_float32(
     variant: Variant, backend: str, dtype: torch.dtype
 ) -> None:

@@ -324,10 +324,10 @@ class _Adam(torch.optim.Optimizer):
             return False
         if any(self._has_state(p) for *_, p in groups.parameters(self.param_groups)):
             return False
-        gradients = [p.grad for *_, p in groups.parameters(self.param_groups) if p.grad is not None]
+        every = (p.grad for *_, p in groups.parameters(self.param_groups))
+        gradients = [each for each in every if each is not None]
         nothing = bool(gradients) and not any(layouts.local(g).any() for g in gradients)
-        reducer = self._run.reducer
-        return nothing if reducer is None else reducer.agree(nothing)
+        return nothing if (reducer := self._run.reducer) is None else reducer.agree(nothing)
 
     def _device(self) -> torch.device:
         """Where the numbers of the whole step are: on the first parameter's device."""
