@@ -1,73 +1,349 @@
-"""Parameters in shards (DTensor, as FSDP2 makes them): the eager formulas over all processes."""
+"""Parameters in shards (DTensors, as FSDP2 and tensor parallelism make them): what 4 processes do
+together is what one does alone."""
 
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from support import METHODS, Variant, random
+from support import METHODS, Variant, bits, native_missing, random, sliced
 from torch import Tensor
 
-SHAPES = [(5, 3), (4,), (2, 3, 2), (1, 2)]  # not all of which two processes can share evenly
+import wdkernels as wd
+
+if not dist.is_available():
+    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
+
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
+from torch.distributed.tensor.placement_types import _StridedShard
+
+# Not all of which 4 processes can share evenly; some have no element of (1, 2).
+SHAPES = [(5, 3), (4,), (2, 3, 2), (1, 2), (8, 6), ()]
 STEPS = 3
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"moment_dtype": torch.bfloat16, "amsgrad": True},
-    {"rounding": "kahan", "max_grad_norm": 0.5},
-    {"master_weights": True, "ema_decay": 0.5, "skip_nonfinite": True},
-]
+LATE, ABSENT = 1, 2  # a parameter without a gradient in step 0, another in step 1
+WITHIN = timedelta(seconds=60)  # nobody waits for longer
+BACKENDS = ["eager", *([] if native_missing else ["native"])]
+BEST = BACKENDS[-1]
+LOUD: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.2, "eps": 1e-2}
 
 
-def run(variant: Variant, options: dict[str, Any], shard: Any) -> dict[str, Tensor]:
-    params = [shard(random(*shape, seed=i, dtype=torch.bfloat16)) for i, shape in enumerate(SHAPES)]
-    anchors = [shard(random(*shape, seed=10 + i)) for i, shape in enumerate(SHAPES)]
-    optimizer = variant.build(
-        params, "eager", [a.bfloat16() for a in anchors], telemetry_every=1, **options
+
+# ---- the processes -------------------------------------------------------------------------------
+
+CHECKS: dict[int, list[Callable[[], None]]] = {2: [], 4: []}
+
+
+def processes(count: int) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Makes a function a check, which so many processes run together."""
+
+    def add(check: Callable[[], None]) -> Callable[[], None]:
+        CHECKS[count].append(check)
+        return check
+
+    return add
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes(count: int) -> None:
+    context = torch.multiprocessing.spawn(
+        _run_checks, args=(count, _free_port()), nprocs=count, join=False
     )
-    for t in range(STEPS):
-        for i, p in enumerate(params):
-            p.grad = shard(random(*p.shape, seed=100 * t + i, dtype=torch.bfloat16))
-        optimizer.step()
-
-    def whole(x: Any) -> Tensor:
-        return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-    found = {"norm": optimizer.grad_norm} if "max_grad_norm" in options else {}
-    for i, p in enumerate(params):
-        found[f"weight {i}"] = whole(p)
-        found |= {f"{key} {i}": whole(x) for key, x in optimizer.state[p].items()}
-    told = optimizer.telemetry()
-    found |= {f"{name} {key}": x for name in told for key, x in told[name].items()}
-    return found
+    while not context.join(timeout=5):
+        pass
 
 
-def check(rank: int, port: int) -> None:
+def _run_checks(rank: int, count: int, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-
-    mesh = init_device_mesh("cpu", (2,))
-    for method in METHODS:
-        for options in OPTIONS:
-            variant = Variant(method, anchored=True)
-            sharded = run(variant, options, lambda x: distribute_tensor(x, mesh, [Shard(0)]))
-            expected = run(variant, options, lambda x: x)
-            assert sharded.keys() == expected.keys()
-            for name, x in sharded.items():
-                # Sums in float64 over 30 terms are all that may differ, and nothing hangs on it.
-                place = f"{method} {options} {name}"
-                torch.testing.assert_close(x, expected[name], rtol=1e-13, atol=0, msg=place)
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    dist.init_process_group("gloo", rank=rank, world_size=count, timeout=WITHIN)
+    for check in CHECKS[count]:
+        if os.environ.get("CHECK") in (None, check.__name__):
+            try:
+                check()
+            except Exception as error:
+                raise AssertionError(f"process {rank} in {check.__name__}: {error}") from error
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-def test_shards_have_the_bits_of_the_whole() -> None:
-    torch.multiprocessing.spawn(check, args=(_free_port(),), nprocs=2)
-
-
 def _free_port() -> int:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    return store.port
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
+
+
+@cache
+def line() -> Any:
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("all",))
+
+
+@cache
+def grid() -> Any:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def whole(x: Any) -> Any:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def local(x: Any) -> Any:
+    return getattr(x, "_local_tensor", x)
+
+
+Place = Callable[[Tensor, int], Any]  # a tensor, of which parameter
+
+
+def on(mesh: Callable[[], Any], *placements: Any) -> Place:
+    def place(x: Tensor, i: int) -> Any:
+        fitting = [p if p.is_replicate() or p.dim < x.dim() else Replicate() for p in placements]
+        return distribute_tensor(x, mesh(), fitting, src_data_rank=None)
+
+    return place
+
+
+def plain(x: Tensor, i: int) -> Any:
+    return x.clone()
+
+
+def several(x: Tensor, i: int) -> Any:
+    """Several meshes, and plain tensors between them."""
+    kinds = [on(line, Shard(0)), plain, on(grid, Shard(0), Shard(1)), on(grid, Replicate(), Shard(0))]
+    return kinds[i % 4](x, i)
+
+
+def with_holes(x: Tensor, i: int) -> Any:
+    shard = on(line, Shard(0))(x, i)
+    return DTensor.from_local(
+        sliced(shard.to_local()), line(), shard.placements, shape=x.shape, stride=x.stride()
+    )
+
+
+def strided(x: Tensor, i: int) -> Any:
+    """As FSDP2 shards what tensor parallelism has sharded."""
+    if x.dim() == 0:
+        return on(grid, Replicate(), Replicate())(x, i)
+    inner = on(lambda: grid()["tp"], Shard(0))(x, i).to_local()
+    shard = on(lambda: grid()["dp"], Shard(0))(inner, i).to_local()
+    placements = [_StridedShard(0, split_factor=2), Shard(0)]
+    return DTensor.from_local(shard, grid(), placements, shape=x.shape, stride=x.stride())
+
+
+PLACES: dict[str, Place] = {
+    "Shard(0)": on(line, Shard(0)),
+    "Shard(1)": on(line, Shard(1)),
+    "HSDP": on(grid, Replicate(), Shard(0)),
+    "2-D": on(grid, Shard(0), Shard(1)),
+    "2-D of one dimension": on(grid, Shard(0), Shard(0)),
+    "replicated inside": on(grid, Shard(0), Replicate()),
+    "strided": strided,
+    "several": several,
+    "holes": with_holes,
+}
+
+# dtype, options, and whether some number of a step is a sum over several tensors.
+OPTIONS: list[tuple[torch.dtype, dict[str, Any], bool]] = [
+    (torch.float32, {}, False),
+    (torch.bfloat16, {"moment_dtype": torch.bfloat16, "amsgrad": True, "seed": 3}, False),
+    (torch.bfloat16, {"rounding": "kahan", "max_grad_norm": 0.5}, True),
+    (torch.bfloat16, {"master_weights": True, "ema_decay": 0.5, "skip_nonfinite": True}, False),
+    (torch.float32, {"max_grad_norm": 0.5, "telemetry_every": 1, "amsgrad": True}, True),
+    (torch.float64, {"telemetry_every": 1, "ema_decay": 0.5}, False),
+]
+
+
+def gradient(shape: Sequence[int], i: int, t: int, dtype: torch.dtype) -> Tensor | None:
+    if (i, t) in ((LATE, 0), (ABSENT, 1)):
+        return None
+    return (random(*shape, seed=100 * t + i) + 0.3).to(dtype)
+
+
+def parameters(dtype: torch.dtype, place: Place, shapes: Sequence[Any] = SHAPES) -> list[Any]:
+    return [place(random(*shape, seed=i, dtype=dtype), i) for i, shape in enumerate(shapes)]
+
+
+def train(optimizer: Any, params: Sequence[Any], place: Place, steps: range) -> None:
+    for t in steps:
+        for i, p in enumerate(params):
+            g = gradient(p.shape, i, t, p.dtype)
+            p.grad = None if g is None else place(g, i)
+        optimizer.step()
+
+
+def results(optimizer: Any, params: Sequence[Any]) -> dict[str, Tensor]:
+    found = {"skipped": optimizer.skipped_steps}
+    if optimizer.grad_norm is not None:
+        found["norm"] = optimizer.grad_norm
+    for i, p in enumerate(params):
+        found[f"weight {i}"] = whole(p).clone()
+        found |= {f"{key} {i}": whole(x).clone() for key, x in optimizer.state[p].items()}
+    if optimizer.telemetry_every is not None:
+        told = optimizer.telemetry()
+        found |= {f"{name} {key}": x for name in told for key, x in told[name].items()}
+        found |= {f"total {key}": x for key, x in told.total.items()}
+    return found
+
+
+def run(
+    method: str, backend: str, dtype: torch.dtype, options: dict[str, Any], place: Place
+) -> dict[str, Tensor]:
+    params = parameters(dtype, place)
+    anchors = [place(random(*s, seed=10 + i).to(dtype), i) for i, s in enumerate(SHAPES)]
+    optimizer = Variant(method, anchored=True).build(params, backend, anchors, **options)
+    train(optimizer, params, place, range(STEPS))
+    return results(optimizer, params)
+
+
+_alone: dict[str, dict[str, Tensor]] = {}
+
+
+def alone(method: str, backend: str, dtype: torch.dtype, options: Any) -> dict[str, Tensor]:
+    key = f"{method} {backend} {dtype} {options}"
+    if key not in _alone:
+        _alone[key] = run(method, backend, dtype, options, plain)
+    return _alone[key]
+
+
+def assert_same(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], where: str, summed: bool = False
+) -> None:
+    """The same bits; or, where numbers of a step are sums over processes, as good as these."""
+    assert actual.keys() == expected.keys(), where
+    for name, x in actual.items():
+        y, what = expected[name], f"{where}: {name}\n{x}\n{expected[name]}"
+        assert x.dtype == y.dtype, what
+        assert x.shape == y.shape, what
+        if summed or (x.dim() == 0 and x.dtype == torch.float64):
+            tolerance = 1e-12 if x.dtype == torch.float64 else 1e-6
+            torch.testing.assert_close(
+                x, y, rtol=tolerance, atol=tolerance, equal_nan=True, msg=what
+            )
+        else:
+            assert torch.equal(bits(x), bits(y)), what
+
+
+def compare(place: str, backend: str) -> None:
+    for method in METHODS:
+        for dtype, options, summed in OPTIONS:
+            actual = run(method, backend, dtype, options, PLACES[place])
+            expected = alone(method, backend, dtype, options)
+            summed = summed or method in ("swd", "spd")
+            assert_same(actual, expected, f"{place} {backend} {method} {options}", summed)
+
+
+# ---- what 4 processes do is what one does --------------------------------------------------------
+
+
+@processes(4)
+def native_gives_what_one_process_gives() -> None:
+    for place in PLACES:
+        compare(place, BEST)
+
+
+@processes(4)
+def eager_gives_what_one_process_gives() -> None:
+    for place in ("Shard(0)", "several", "strided"):
+        compare(place, "eager")
+
+
+@processes(4)
+def triton_gives_what_one_process_gives() -> None:
+    pytest.importorskip("triton")
+    for method, (dtype, options, _) in (("swd", OPTIONS[4]), ("spd", OPTIONS[2])):
+        actual = run(method, "triton", dtype, options, PLACES["several"])
+        assert_same(actual, alone(method, "triton", dtype, options), method, summed=True)
+
+
+@processes(4)
+def channels_last() -> None:
+    def memory(x: Tensor) -> Tensor:
+        return x.to(memory_format=torch.channels_last)
+
+    def trained(place: Place) -> dict[str, Tensor]:
+        params = [place(memory(random(8, 3, 2, 2, seed=0, dtype=torch.bfloat16)), 0)]
+        optimizer = wd.AdamW(params, **LOUD, moment_dtype=torch.bfloat16)
+        for t in range(STEPS):
+            params[0].grad = place(memory(random(8, 3, 2, 2, seed=t + 1, dtype=torch.bfloat16)), 0)
+            optimizer.step()
+        return results(optimizer, params)
+
+    def cut(x: Tensor, i: int) -> Any:
+        local = x.chunk(4)[dist.get_rank()].contiguous(memory_format=torch.channels_last)
+        return DTensor.from_local(local, line(), [Shard(0)], shape=x.shape, stride=x.stride())
+
+    assert_same(trained(cut), trained(plain), "channels_last")
+
+
+# ---- what is communicated ------------------------------------------------------------------------
+
+
+@contextmanager
+def counted() -> Iterator[list[str]]:
+    """The collectives of torch.distributed that are called meanwhile."""
+    names = ["all_reduce", "all_gather_object", "all_gather", "broadcast"]
+    found: list[str] = []
+    originals = {name: getattr(dist, name) for name in names}
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found.append(name)
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, counting(name))
+    try:
+        yield found
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+COLLECTIVES: list[tuple[str, dict[str, Any], int]] = [
+    ("decoupled", {}, 0),
+    ("decoupled", {"amsgrad": True, "ema_decay": 0.5}, 0),
+    ("decoupled", {"max_grad_norm": 1.0}, 1),
+    ("decoupled", {"skip_nonfinite": True}, 1),
+    ("decoupled", {"telemetry_every": 1}, 1),
+    ("decoupled", {"max_grad_norm": 1.0, "telemetry_every": 1}, 2),
+    ("swd", {}, 1),
+    ("swd", {"max_grad_norm": 1.0}, 1),
+    ("swd", {"amsgrad": True}, 1),
+    ("swd", {"amsgrad": True, "max_grad_norm": 1.0}, 2),
+    ("swd", {"telemetry_every": 1}, 2),
+    ("spd", {}, 1),
+    ("spd", {"telemetry_every": 1}, 1),
+    ("spd", {"max_grad_norm": 1.0}, 2),
+]
+
+
+@processes(4)
+def collectives_are_counted() -> None:
+    dimensions = {"Shard(0)": 1, "HSDP": 1, "2-D": 2, "replicated inside": 1, "several": 3}
+    if native_missing:
+        return
+    for place, shards in dimensions.items():
+        for method, options, expected in COLLECTIVES:
+            params = parameters(torch.float32, PLACES[place])
+            optimizer = Variant(method).build(params, "native", **options)
+            train(optimizer, params, PLACES[place], range(2))
+            with counted() as found:
+                optimizer.step()
+            assert found == ["all_reduce"] * expected * shards, (place, method, options, found)

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from operator import is_
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -62,6 +63,7 @@ class _Run:
     Lightning's, share it."""
 
     calls: int = 0
+    begun: bool = False  # a step that was not only looked at, whether it went on or not
     scaled: bool = False  # a GradScaler has been seen
     checked: tuple[Any, ...] = (None, False, None)  # options of the optimizer, when looked at
     skipped: Tensor | None = None
@@ -188,16 +190,22 @@ class _Adam(torch.optim.Optimizer):
         run.plan = groups.read_again(self.param_groups, run.known, self._read, run.plan)
         if run.plan is None:
             run.reducer = self._reducer()
-        if not self.state and self._is_only_looked_at():
+        if not self.state and not run.begun and self._is_only_looked_at():
             self._complete_states()
             return loss
+        run.begun = True
         if run.copies:
             self._renew()
         if run.reducer is not None:
-            swd, spd = self._method == "swd", self._method == "spd"
-            measured = request.telemetry is not None
-            before, after = request.needs_norm or swd, spd or measured
-            run.reducer.step(lambda: self._begin(request), before, after)
+            after = self._method == "spd" or request.telemetry is not None
+            try:
+                run.reducer.step(lambda: self._begin(request), self._exchanges(request), after)
+            except BaseException:
+                for p in run.reducer.new_sums:  # not added up
+                    self.state[p].pop("exp_avg_sq_sum", None)
+                raise
+            finally:
+                run.reducer.new_sums.clear()
         elif not (
             (run.plan is not None and run.plan.step(self.state, self.param_groups, request))
             or self._prepared().step(self.state, self.param_groups, request)
@@ -260,6 +268,23 @@ class _Adam(torch.optim.Optimizer):
             raise RuntimeError(_CHANGED)
         return phases
 
+    def _exchanges(self, request: Request) -> int:
+        """How often processes exchange numbers before the update: the same in all of them."""
+        if self._method != "swd":
+            return int(request.needs_norm)
+        run = self._run
+        if run.plan is None and self._chosen() is reference:  # which takes SWD's sums by themselves
+            return 1 + (request.needs_norm or request.telemetry is not None)
+        amsgrad = any(known.options.amsgrad for known in run.known)
+        return 1 + (amsgrad and request.needs_norm)
+
+    def _chosen(self) -> ModuleType:
+        """The backend."""
+        every = groups.parameters(self.param_groups)
+        return backends.chosen(
+            self._backend, [layouts.local(p) for *_, p in every if groups.learns(p)]
+        )
+
     def _prepared(self) -> Plan:
         """A plan for a new set of tensors; eager formulas have none that lasts."""
         run, every = self._run, list(groups.parameters(self.param_groups))
@@ -267,8 +292,7 @@ class _Adam(torch.optim.Optimizer):
         run.checked_memory = groups.check(
             *(self.param_groups, self.state, options, run.given, run.checked_memory)
         )
-        learning = [layouts.local(p) for *_, p in every if groups.learns(p)]
-        backend = backends.chosen(self._backend, learning)
+        backend = self._chosen()
         for i, _, _, p in every:  # the first thing written, so after all checks
             if (own := self.state.get(p)) and i < len(run.completed):
                 state.retire(p, own, run.completed[i], options[i])
@@ -288,25 +312,28 @@ class _Adam(torch.optim.Optimizer):
                 given = self._run.given.pop(p, None)
                 names = state.complete(p, self.state[p], options[i], given)
                 made.append((p, names, options[i]))
-        self._take_note(made)
+        self._take_note(made, in_step=active)
 
-    def _take_note(self, made: Iterable[tuple[Tensor, list[str], GroupOptions]]) -> None:
+    def _take_note(
+        self, made: Iterable[tuple[Tensor, list[str], GroupOptions]], in_step: bool = False
+    ) -> None:
         """What new entries mean: copies of weights follow them until they move, and what has been
-        summed over shards is added up."""
-        sums = {}
+        summed over shards a step adds up; only a step can."""
         for p, names, options in made:
             copies = state.copies_of_weights(names, options)
             self._run.copies += [(p, name) for name in copies]
-            if "exp_avg_sq_sum" in names and "exp_avg_sq" not in names:  # else it is 0
-                sums[p] = self.state[p]["exp_avg_sq_sum"]
-        if sums and (reducer := self._reducer()) is not None:
-            reducer.add_up_numbers(sums)
+            summed = "exp_avg_sq_sum" in names and "exp_avg_sq" not in names  # else it is 0
+            if summed and in_step and self._run.reducer is not None:
+                self._run.reducer.new_sums[p] = self.state[p]["exp_avg_sq_sum"]
+            elif summed and not in_step and shards.is_shard(p):
+                del self.state[p]["exp_avg_sq_sum"]
 
     def _reducer(self) -> shards.Reducer | None:
         every = list(groups.parameters(self.param_groups))
         if not any(shards.is_shard(p) for *_, p in every):
             return None
-        reducer = shards.Reducer([(checks.name_of(group, i, k), p) for i, k, group, p in every])
+        named = [(checks.name_of(group, i, k), p) for i, k, group, p in every]
+        reducer = shards.Reducer(named, sums_of_v=self._method == "swd")
         return reducer if reducer else None
 
     def _is_only_looked_at(self) -> bool:
