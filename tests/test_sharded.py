@@ -42,7 +42,6 @@ BEST = BACKENDS[-1]
 LOUD: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.2, "eps": 1e-2}
 
 
-
 # ---- the processes -------------------------------------------------------------------------------
 
 CHECKS: dict[int, list[Callable[[], None]]] = {2: [], 4: []}
@@ -99,10 +98,6 @@ def grid() -> Any:
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def whole(x: Any) -> Any:
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
 def local(x: Any) -> Any:
     return getattr(x, "_local_tensor", x)
 
@@ -124,7 +119,12 @@ def plain(x: Tensor, i: int) -> Any:
 
 def several(x: Tensor, i: int) -> Any:
     """Several meshes, and plain tensors between them."""
-    kinds = [on(line, Shard(0)), plain, on(grid, Shard(0), Shard(1)), on(grid, Replicate(), Shard(0))]
+    kinds = [
+        on(line, Shard(0)),
+        plain,
+        on(grid, Shard(0), Shard(1)),
+        on(grid, Replicate(), Shard(0)),
+    ]
     return kinds[i % 4](x, i)
 
 
@@ -187,12 +187,13 @@ def train(optimizer: Any, params: Sequence[Any], place: Place, steps: range) -> 
 
 
 def results(optimizer: Any, params: Sequence[Any]) -> dict[str, Tensor]:
+    """All that a run leaves; of DTensors what lies in this process."""
     found = {"skipped": optimizer.skipped_steps}
     if optimizer.grad_norm is not None:
         found["norm"] = optimizer.grad_norm
     for i, p in enumerate(params):
-        found[f"weight {i}"] = whole(p).clone()
-        found |= {f"{key} {i}": whole(x).clone() for key, x in optimizer.state[p].items()}
+        entries = {"weight": p, **optimizer.state[p]}
+        found |= {f"{key} of {i}": local(x).detach().clone() for key, x in entries.items()}
     if optimizer.telemetry_every is not None:
         told = optimizer.telemetry()
         found |= {f"{name} {key}": x for name in told for key, x in told[name].items()}
@@ -221,12 +222,22 @@ def alone(method: str, backend: str, dtype: torch.dtype, options: Any) -> dict[s
 
 
 def assert_same(
-    actual: dict[str, Tensor], expected: dict[str, Tensor], where: str, summed: bool = False
+    actual: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    where: str,
+    place: Place = plain,
+    summed: bool = False,
 ) -> None:
-    """The same bits; or, where numbers of a step are sums over processes, as good as these."""
+    """The same bits; or, where numbers of a step are sums over processes, as good as these.
+
+    `place`: how what is expected is shared.
+    """
     assert actual.keys() == expected.keys(), where
     for name, x in actual.items():
-        y, what = expected[name], f"{where}: {name}\n{x}\n{expected[name]}"
+        y = expected[name]
+        if " of " in name and y.dim() > 0:
+            y = local(place(y, int(name.split(" of ")[1])))
+        what = f"{where}: {name}\n{x}\n{y}"
         assert x.dtype == y.dtype, what
         assert x.shape == y.shape, what
         if summed or (x.dim() == 0 and x.dtype == torch.float64):
@@ -244,7 +255,8 @@ def compare(place: str, backend: str) -> None:
             actual = run(method, backend, dtype, options, PLACES[place])
             expected = alone(method, backend, dtype, options)
             summed = summed or method in ("swd", "spd")
-            assert_same(actual, expected, f"{place} {backend} {method} {options}", summed)
+            where = f"{place} {backend} {method} {options}"
+            assert_same(actual, expected, where, PLACES[place], summed)
 
 
 # ---- what 4 processes do is what one does --------------------------------------------------------
@@ -267,7 +279,9 @@ def triton_gives_what_one_process_gives() -> None:
     pytest.importorskip("triton")
     for method, (dtype, options, _) in (("swd", OPTIONS[4]), ("spd", OPTIONS[2])):
         actual = run(method, "triton", dtype, options, PLACES["several"])
-        assert_same(actual, alone(method, "triton", dtype, options), method, summed=True)
+        assert_same(
+            actual, alone(method, "triton", dtype, options), method, PLACES["several"], True
+        )
 
 
 @processes(4)
@@ -287,7 +301,7 @@ def channels_last() -> None:
         local = x.chunk(4)[dist.get_rank()].contiguous(memory_format=torch.channels_last)
         return DTensor.from_local(local, line(), [Shard(0)], shape=x.shape, stride=x.stride())
 
-    assert_same(trained(cut), trained(plain), "channels_last")
+    assert_same(trained(cut), trained(plain), "channels_last", cut)
 
 
 # ---- what is communicated ------------------------------------------------------------------------
@@ -347,3 +361,228 @@ def collectives_are_counted() -> None:
             with counted() as found:
                 optimizer.step()
             assert found == ["all_reduce"] * expected * shards, (place, method, options, found)
+
+
+# ---- gradients and anchors that are placed otherwise ---------------------------------------------
+
+
+@processes(4)
+def gradients_in_other_placements() -> None:
+    expected = alone("decoupled", BEST, torch.float32, {})
+    for place in ("Shard(0)", "HSDP"):
+        params = parameters(torch.float32, PLACES[place])
+        anchors = [random(*s, seed=10 + i).float() for i, s in enumerate(SHAPES)]
+        optimizer = wd.AdamW(params, **LOUD, backend=BEST, anchor=anchors)
+        for t in range(STEPS):
+            for i, p in enumerate(params):
+                g = gradient(p.shape, i, t, p.dtype)
+                if g is None:
+                    p.grad = None
+                    continue
+                other = [Replicate() for _ in p.placements]
+                p.grad = distribute_tensor(g, p.device_mesh, other, src_data_rank=None)
+                if i == 4:  # a quarter, or half, in each process
+                    size = p.device_mesh.size(p.device_mesh.ndim - 1)
+                    other[-1] = Partial()
+                    p.grad = DTensor.from_local(g / size, p.device_mesh, other)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                optimizer.step()
+            assert any("parameter 4 of group 0" in str(each.message) for each in told), told
+        assert_same(results(optimizer, params), expected, place, PLACES[place])
+
+
+@processes(4)
+def gradients_of_other_processes_are_refused() -> None:
+    params = parameters(torch.float32, PLACES["Shard(0)"])
+    optimizer = wd.AdamW(params, **LOUD, max_grad_norm=1.0)
+    train(optimizer, params, PLACES["Shard(0)"], range(1))
+    others = [
+        random(*SHAPES[0], seed=1).float(),
+        on(grid, Shard(0), Replicate())(params[0].full_tensor(), 0),
+    ]
+    for other in others:
+        before = results(optimizer, params)
+        for i, p in enumerate(params):
+            p.grad = PLACES["Shard(0)"](random(*p.shape, seed=i).float(), i)
+        params[0]._grad = None
+        params[0].grad = None
+        try:
+            params[0].grad = other
+        except RuntimeError:
+            continue  # torch refuses it
+        with pytest.raises(RuntimeError, match="parameter 0 of group 0"):
+            optimizer.step()
+        assert_same(results(optimizer, params), before, "refused")
+
+
+@processes(4)
+def anchors_of_any_placement() -> None:
+    full = [random(*s, seed=10 + i).float() for i, s in enumerate(SHAPES)]
+    expected = alone("decoupled", BEST, torch.float32, {})
+    for name in ("Shard(0)", "2-D", "strided", "several"):
+        place = PLACES[name]
+        for anchors in (full, [on(line, Replicate())(a, i) for i, a in enumerate(full)]):
+            params = parameters(torch.float32, place)
+            given = [
+                a if isinstance(p, DTensor) else f
+                for a, p, f in zip(anchors, params, full, strict=True)
+            ]
+            if name == "strided" and anchors is not full:
+                continue
+            optimizer = wd.AdamW(params, **LOUD, backend=BEST, anchor=given)
+            train(optimizer, params, place, range(STEPS))
+            assert_same(results(optimizer, params), expected, name, place)
+
+
+@processes(4)
+def partial_parameters_are_refused() -> None:
+    p = DTensor.from_local(torch.ones(4), line(), [Partial()])
+    p.grad = p.clone()
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0.*partial"):
+        wd.AdamW([p]).step()
+
+
+@processes(4)
+def a_mesh_of_one_process_communicates_nothing() -> None:
+    groups = [dist.new_group([rank]) for rank in range(4)]
+    mesh = dist.DeviceMesh.from_group(groups[dist.get_rank()], "cpu")
+
+    def place(x: Tensor, i: int) -> Any:
+        return distribute_tensor(
+            x, mesh, [Shard(0) if x.dim() else Replicate()], src_data_rank=None
+        )
+
+    for method in ("swd", "spd"):
+        with counted() as found:
+            actual = run(method, BEST, *OPTIONS[4][:2], place)
+        assert not found, found
+        assert_same(actual, alone(method, BEST, *OPTIONS[4][:2]), method, place)
+
+
+# ---- one process fails ---------------------------------------------------------------------------
+
+
+def _wrong_shape(optimizer: Any, p: Any) -> None:
+    p.grad._local_tensor = torch.ones(7, 7)
+
+
+def _wrong_dtype(optimizer: Any, p: Any) -> None:
+    p.grad._local_tensor = p.grad._local_tensor.double()
+
+
+def _sparse(optimizer: Any, p: Any) -> None:
+    p.grad._local_tensor = p.grad._local_tensor.to_sparse()
+
+
+def _freed(optimizer: Any, p: Any) -> None:
+    p.grad._local_tensor.untyped_storage().resize_(0)
+
+
+def _missing(optimizer: Any, p: Any) -> None:
+    p.grad = None
+
+
+def _damaged(optimizer: Any, p: Any) -> None:
+    optimizer.state[p]["step"] = torch.tensor(-1.0)
+
+
+def _no_sum(optimizer: Any, p: Any) -> None:
+    optimizer.state[p].pop("exp_avg_sq_sum", None)
+
+
+FAILURES: dict[str, Callable[[Any, Any], None]] = {
+    "shape": _wrong_shape,
+    "dtype": _wrong_dtype,
+    "sparse": _sparse,
+    "freed": _freed,
+    "missing": _missing,
+    "state": _damaged,
+    "no sum": _no_sum,
+}
+
+
+def _failure(
+    kind: str, method: str, options: dict[str, Any], backend: str, place: Place, first: bool
+) -> None:
+    where = f"{kind} {method} {options} {backend} first={first}"
+    params = parameters(torch.float32, place)
+    twins = parameters(torch.float32, place)
+    optimizer, twin = (Variant(method).build(x, backend, **options) for x in (params, twins))
+    steps = 0 if first else 2
+    train(twin, twins, place, range(steps + 3))
+    train(optimizer, params, place, range(steps))
+    before = results(optimizer, params)
+    for i, p in enumerate(params):
+        g = gradient(p.shape, i, steps, p.dtype)
+        p.grad = None if g is None else place(g, i)
+    communicates = "max_grad_norm" in options or method in ("swd", "spd")
+    state = {key: x for key, x in optimizer.state.get(params[4], {}).items()}
+    if dist.get_rank() == 1:
+        FAILURES[kind](optimizer, params[4])
+    if not communicates:
+        if dist.get_rank() == 1:
+            with pytest.raises((RuntimeError, ValueError), match="parameter 4 of group 0"):
+                optimizer.step()
+        else:
+            optimizer.step()
+    else:
+        with pytest.raises((RuntimeError, ValueError), match="parameter 4 of group 0"):
+            optimizer.step()
+    if dist.get_rank() == 1 and state:
+        optimizer.state[params[4]].update(state)
+    before_update = "max_grad_norm" in options or method == "swd"
+    if before_update:
+        if not first:
+            assert_same(results(optimizer, params), before, where)
+        train(optimizer, params, place, range(steps, steps + 3))
+        assert_same(results(optimizer, params), results(twin, twins), where)
+
+
+@processes(4)
+def one_process_fails_before_others_write() -> None:
+    for method, options in (("swd", {}), ("spd", {"max_grad_norm": 0.5})):
+        for backend in BACKENDS:
+            for kind in FAILURES:
+                for first in (True, False):
+                    if kind in ("state", "no sum") and (first or method != "swd"):
+                        continue
+                    place = PLACES["2-D" if first else "Shard(0)"]
+                    _failure(kind, method, options, backend, place, first)
+
+
+@processes(4)
+def one_process_fails_where_others_have_written() -> None:
+    for kind in ("sparse", "missing"):
+        _failure(kind, "spd", {}, BEST, PLACES["Shard(0)"], False)
+
+
+@processes(4)
+def one_process_fails_and_nobody_waits() -> None:
+    for kind in ("sparse", "shape", "freed", "state"):
+        _failure(kind, "decoupled", {}, BEST, PLACES["Shard(0)"], False)
+
+
+# ---- GradScaler ----------------------------------------------------------------------------------
+
+
+@processes(4)
+def an_overflow_in_one_process_skips_the_step_in_all() -> None:
+    for place in (PLACES["Shard(0)"], PLACES["2-D"]):
+        params = parameters(torch.float32, place)
+        optimizer = wd.AdamSPD(params, anchor="zero", backend=BEST)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        train(optimizer, params, place, range(1))
+        before = results(optimizer, params)
+        scaler.scale(torch.ones(()))
+        for i, p in enumerate(params):
+            p.grad = place(4 * random(*p.shape, seed=i).float(), i)
+        if dist.get_rank() == 3:
+            params[4].grad.to_local()[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 2
+        after = results(optimizer, params)
+        assert after.pop("skipped") == 1
+        before.pop("skipped")
+        assert_same(after, before, "skipped")

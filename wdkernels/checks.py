@@ -49,9 +49,10 @@ def check_gradient(p: Tensor, name: str) -> None:
     g = p.grad
     if g is None:
         return
-    if g.layout != torch.strided:
+    layout = layouts.local(g).layout
+    if layout != torch.strided:
         raise RuntimeError(
-            f"the gradient of {name} is sparse ({g.layout}): use a dense one "
+            f"the gradient of {name} is sparse ({layout}): use a dense one "
             "(for an embedding, sparse=False), or torch.optim.SparseAdam"
         )
     check_has_memory(p, p, name, RuntimeError)

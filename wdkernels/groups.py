@@ -218,6 +218,7 @@ def check(
         name = checks.name_of(group, i, k)
         checks.check_parameter(p, name)
         checks.check_gradient(p, name)
+        shards.check_gradient(p, name)
         state.check_in_use(p, own, options[i], name, p.grad is not None, p in given)
         for what, x in ((name, p), *state.written(own, name)):
             if layouts.has_memory(here := layouts.local(x)):

@@ -68,14 +68,17 @@ def numbering_of(p: Tensor) -> Numbering:
 
 def sharded_like(p: Tensor, x: Tensor) -> Tensor:
     """x in the placements of p: every process has the whole x, or another shard of it."""
-    if not is_shard(p) or x.dim() == 0:
+    if not is_shard(p):
         return x
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     here: Any = p
     if isinstance(x, DTensor):
-        alike = x.placements == here.placements and x.device_mesh == here.device_mesh
-        return x if alike else x.redistribute(here.device_mesh, here.placements)
+        if alike(x, p):
+            return x
+        if x.device_mesh == here.device_mesh:
+            return x.redistribute(here.device_mesh, here.placements)
+        x = x.full_tensor()
     return distribute_tensor(x, here.device_mesh, here.placements, src_data_rank=None)
 
 
@@ -89,29 +92,41 @@ def alike(x: Tensor, p: Tensor) -> bool:
     return bool(there.placements == here.placements and there.mesh == here.mesh)
 
 
-def gradient_of(p: Tensor, name: str) -> Tensor:
-    """What lies in this process of p's gradient, in the placements of p."""
+def check_gradient(p: Tensor, name: str) -> None:
+    """Raise unless p's gradient is sharded over the same processes as p."""
     gradient: Any = p.grad
-    if not alike(gradient, p):
+    if gradient is None or alike(gradient, p):
+        own = p if gradient is None else gradient
+    else:
         here: Any = p
         if not (is_shard(p) and is_shard(gradient)) or gradient.device_mesh != here.device_mesh:
             raise RuntimeError(
                 f"the gradient of {name} is not sharded over the same processes as the parameter: "
                 "make it a DTensor of the parameter's mesh"
             )
+        own = p  # once it has been redistributed
+    shard, weight = layouts.local(own), layouts.local(p)
+    if shard.shape != weight.shape or shard.dtype != weight.dtype:
+        raise RuntimeError(
+            f"the shard of the gradient of {name} is {tuple(shard.shape)}, {shard.dtype}, but the "
+            f"parameter's is {tuple(weight.shape)}, {weight.dtype}: make it with the parameter's "
+            "shape, placements and dtype"
+        )
+
+
+def gradient_of(p: Tensor, name: str) -> Tensor:
+    """What lies in this process of p's gradient, in the placements of p."""
+    check_gradient(p, name)
+    gradient: Any = p.grad
+    if not alike(gradient, p):
+        here: Any = p
         warnings.warn(
             f"the gradient of {name} is placed as {gradient.placements} but the parameter as "
             f"{here.placements}: it is redistributed in every step",
             stacklevel=2,
         )
         gradient = sharded_like(p, gradient)
-    own, weight = layouts.local(gradient), layouts.local(p)
-    if own.shape != weight.shape:
-        raise RuntimeError(
-            f"the shard of the gradient of {name} has shape {tuple(own.shape)} but the parameter's "
-            f"has {tuple(weight.shape)}: make it with the parameter's shape and placements"
-        )
-    return own
+    return layouts.local(gradient)
 
 
 class Processes:
@@ -127,28 +142,31 @@ class Processes:
         phases: Phases | None = None
         error: Exception | None = None
         try:
-            phases = begin()
-        except Exception as failed:
-            error = failed
-        rounds = 0 if phases is None else phases.reductions
-        proceed = True
-        for each in range(max(1, rounds, before)):
-            if phases is not None and proceed and each < rounds:
-                phases.reduce(each)
-            if each < before:
-                error = self._exchange(phases, _BEFORE[each], error)
-            if phases is None or error is not None:
-                proceed = False
-            elif proceed and each < max(1, rounds):
-                proceed = phases.decide(each)
-        if phases is not None and proceed:
-            phases.update()
-        if after:
-            error = self._exchange(phases, _AFTER if before else (*_AFTER, _GRADIENT2), error)
-        if error is not None:
-            raise error
-        if phases is not None and proceed:
-            phases.finish()
+            try:
+                phases = begin()
+            except Exception as failed:
+                error = failed
+            rounds = 0 if phases is None else phases.reductions
+            proceed = True
+            for each in range(max(1, rounds, before)):
+                if phases is not None and proceed and each < rounds:
+                    phases.reduce(each)
+                if each < before:
+                    error = self._exchange(phases, _BEFORE[each], error)
+                if phases is None or error is not None:
+                    proceed = False
+                elif proceed and each < max(1, rounds):
+                    proceed = phases.decide(each)
+            if phases is not None and proceed:
+                phases.update()
+            if after:
+                error = self._exchange(phases, _AFTER if before else (*_AFTER, _GRADIENT2), error)
+            if error is not None:
+                raise error
+            if phases is not None and proceed:
+                phases.finish()
+        finally:
+            del phases, error  # a traceback would keep them, and the step at work
 
     def agree(self, yes: bool) -> bool:
         """Whether all processes say yes."""
