@@ -3,6 +3,8 @@ together is what one does alone."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -517,7 +519,7 @@ def _failure(
         g = gradient(p.shape, i, steps, p.dtype)
         p.grad = None if g is None else place(g, i)
     communicates = "max_grad_norm" in options or method in ("swd", "spd")
-    state = {key: x for key, x in optimizer.state.get(params[4], {}).items()}
+    state = dict(optimizer.state.get(params[4], {}))
     if dist.get_rank() == 1:
         FAILURES[kind](optimizer, params[4])
     if not communicates:
@@ -572,7 +574,7 @@ def an_overflow_in_one_process_skips_the_step_in_all() -> None:
         params = parameters(torch.float32, place)
         optimizer = wd.AdamSPD(params, anchor="zero", backend=BEST)
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-        train(optimizer, params, place, range(1))
+        train(optimizer, params, place, range(2))
         before = results(optimizer, params)
         scaler.scale(torch.ones(()))
         for i, p in enumerate(params):
@@ -586,3 +588,123 @@ def an_overflow_in_one_process_skips_the_step_in_all() -> None:
         assert after.pop("skipped") == 1
         before.pop("skipped")
         assert_same(after, before, "skipped")
+
+
+# ---- processes that hide what they hold ----------------------------------------------------------
+
+HIDDEN: list[tuple[str, dict[str, Any]]] = [
+    ("decoupled", {"max_grad_norm": 0.5}),
+    ("l2", {"skip_nonfinite": True}),
+    ("swd", {}),
+    ("swd", {"max_grad_norm": 0.5, "telemetry_every": 1}),
+    ("swd", {"amsgrad": True}),
+    ("swd", {"amsgrad": True, "max_grad_norm": 0.5}),
+]
+
+
+@processes(2)
+def plain_tensors_with_a_process_group() -> None:
+    world, rank = dist.group.WORLD, dist.get_rank()
+    for backend in (*BACKENDS, "triton"):
+        for method, options in HIDDEN:
+            if backend == "triton" and len(options) != 2:
+                continue
+            params = parameters(torch.float32, plain)
+            twins = parameters(torch.float32, plain)
+            own = range(rank, len(params), 2)
+            hiding = Variant(method).build(
+                [params[i] for i in own], backend, process_group=world, **options
+            )
+            twin = Variant(method).build(twins, backend, **options)
+            for t in range(STEPS):
+                for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+                    p.grad, q.grad = (gradient(p.shape, i, t, p.dtype) for _ in range(2))
+                with counted() as found:
+                    hiding.step()
+                twin.step()
+            rounds = 2 if options.get("amsgrad") and (backend == "eager" or len(options) > 1) else 1
+            assert found == ["all_reduce"] * rounds, (backend, method, options, found)
+            where = f"{backend} {method} {options}"
+            if twin.grad_norm is not None:
+                torch.testing.assert_close(hiding.grad_norm, twin.grad_norm, rtol=1e-12, atol=0)
+            for i in own:
+                torch.testing.assert_close(params[i], twins[i], rtol=1e-6, atol=1e-6, msg=where)
+
+
+@processes(2)
+def a_process_group_tells_of_failures() -> None:
+    p = random(3, seed=dist.get_rank()).float()
+    optimizer = wd.AdamSWD([p], **LOUD, process_group=dist.group.WORLD)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    before = results(optimizer, [p])
+    p.grad = torch.ones(3).to_sparse() if dist.get_rank() else torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 is sparse"):
+        optimizer.step()
+    assert_same(results(optimizer, [p]), before, "nothing is written")
+    p.grad = torch.ones(3)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="process_group"):
+        copy.deepcopy(optimizer)
+    with pytest.raises(ValueError, match="process_group"):
+        wd.AdamW([p], process_group="world")
+    shard = on(line, Shard(0))(p, 0)
+    shard.grad = shard.clone()
+    with pytest.raises(ValueError, match="process_group"):
+        wd.AdamW([shard], process_group=dist.group.WORLD).step()
+
+
+def _models() -> tuple[torch.nn.Module, torch.nn.Module]:
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+
+    return model(), model()
+
+
+@processes(2)
+def zero_redundancy_optimizer() -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    for kind, options in ((wd.AdamSWD, {"max_grad_norm": 0.1}), (wd.AdamW, {"max_grad_norm": 0.1})):
+        model, twin = _models()
+        hiding = ZeroRedundancyOptimizer(
+            model.parameters(),
+            functools.partial(kind, process_group=dist.group.WORLD),
+            **LOUD,
+            **options,
+        )
+        whole = kind(twin.parameters(), **LOUD, **options)
+        for t in range(STEPS):
+            for each, optimizer in ((model, hiding), (twin, whole)):
+                optimizer.zero_grad()
+                each(random(5, 6, seed=t).float()).square().sum().backward()
+                optimizer.step()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(hiding.optim.grad_norm, whole.grad_norm, rtol=1e-6, atol=0)
+
+
+@processes(2)
+def fully_sharded_data_parallel() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for kind, options in ((wd.AdamSWD, {"max_grad_norm": 0.1}), (wd.AdamW, {"max_grad_norm": 0.1})):
+        model, twin = _models()
+        hiding = FullyShardedDataParallel(
+            model, use_orig_params=True, device_id=torch.device("cpu")
+        )
+        optimizers = [
+            kind(hiding.parameters(), **LOUD, **options, process_group=dist.group.WORLD),
+            kind(twin.parameters(), **LOUD, **options),
+        ]
+        for t in range(STEPS):
+            for each, optimizer in zip((hiding, twin), optimizers, strict=True):
+                optimizer.zero_grad()
+                each(random(5, 6, seed=t).float()).square().sum().backward()
+                optimizer.step()
+        with FullyShardedDataParallel.summon_full_params(hiding):
+            for p, q in zip(hiding.parameters(), twin.parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+        norms = [optimizer.grad_norm for optimizer in optimizers]
+        torch.testing.assert_close(*norms, rtol=1e-5, atol=0)

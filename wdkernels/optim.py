@@ -96,6 +96,7 @@ class _Adam(torch.optim.Optimizer):
     max_grad_norm: float | None
     skip_nonfinite: bool
     telemetry_every: int | None
+    process_group: Any = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -118,6 +119,9 @@ class _Adam(torch.optim.Optimizer):
         self._backend = OPTIMIZER_OPTIONS["backend"].check(own["backend"], "backend")
         for name in _OF_A_STEP:
             setattr(self, name, own[name])
+        self.process_group = OPTIMIZER_OPTIONS["process_group"].check(
+            own["process_group"], "process_group"
+        )
         self._run = _Run()
         self._check_options_of_a_step()
         anchor = given.get("anchor", "zero")
@@ -197,15 +201,11 @@ class _Adam(torch.optim.Optimizer):
         if run.copies:
             self._renew()
         if run.reducer is not None:
-            after = self._method == "spd" or request.telemetry is not None
-            try:
-                run.reducer.step(lambda: self._begin(request), self._exchanges(request), after)
-            except BaseException:
-                for p in run.reducer.new_sums:  # not added up
-                    self.state[p].pop("exp_avg_sq_sum", None)
-                raise
-            finally:
-                run.reducer.new_sums.clear()
+            self._step_of_shards(run.reducer, request)
+        elif self.process_group is not None and (before := self._exchanges(request)):
+            others = self._others()
+            request = request._replace(whole=others.whole)
+            others.step(lambda: self._begin(request), before, after=False)
         elif not (
             (run.plan is not None and run.plan.step(self.state, self.param_groups, request))
             or self._prepared().step(self.state, self.param_groups, request)
@@ -217,6 +217,17 @@ class _Adam(torch.optim.Optimizer):
         if request.telemetry is not None:
             run.measured = run.calls, request.telemetry, groups.active(self.param_groups)
         return loss
+
+    def _step_of_shards(self, reducer: shards.Reducer, request: Request) -> None:
+        after = self._method == "spd" or request.telemetry is not None
+        try:
+            reducer.step(lambda: self._begin(request), self._exchanges(request), after)
+        except BaseException:
+            for p in reducer.new_sums:  # not added up
+                self.state[p].pop("exp_avg_sq_sum", None)
+            raise
+        finally:
+            reducer.new_sums.clear()
 
     def _request(self) -> Request:
         """What is asked of this step. Its tensors are new: nobody waits for those of the last."""
@@ -273,9 +284,10 @@ class _Adam(torch.optim.Optimizer):
         if self._method != "swd":
             return int(request.needs_norm)
         run = self._run
-        if run.plan is None and self._chosen() is reference:  # which takes SWD's sums by themselves
-            return 1 + (request.needs_norm or request.telemetry is not None)
         amsgrad = any(known.options.amsgrad for known in run.known)
+        if run.plan is None and self._chosen() is reference:  # which takes SWD's sums by themselves
+            squares = request.needs_norm or request.telemetry is not None
+            return 1 + (squares if self.process_group is None else amsgrad)
         return 1 + (amsgrad and request.needs_norm)
 
     def _chosen(self) -> ModuleType:
@@ -332,9 +344,32 @@ class _Adam(torch.optim.Optimizer):
         every = list(groups.parameters(self.param_groups))
         if not any(shards.is_shard(p) for *_, p in every):
             return None
+        if self.process_group is not None:
+            raise ValueError(
+                "process_group is for tensors that do not know that others hold the rest of them, "
+                "and some of these parameters are DTensors, which do: leave it out"
+            )
         named = [(checks.name_of(group, i, k), p) for i, k, group, p in every]
         reducer = shards.Reducer(named, sums_of_v=self._method == "swd")
         return reducer if reducer else None
+
+    def _others(self) -> shards.Others:
+        """The processes that hold the other tensors of the model."""
+        group = OPTIMIZER_OPTIONS["process_group"].check(self.process_group, "process_group")
+
+        def parts() -> list[shards.Part]:
+            if self._method != "swd":
+                return []
+            return [
+                shards.Part(
+                    groups.elements(p), known.options.beta2, known.options.amsgrad, self.state[p]
+                )
+                for known, own in zip(self._run.known, self.param_groups, strict=True)
+                for p in own["params"]
+                if p.grad is not None
+            ]
+
+        return shards.Others(group, self._device(), parts)
 
     def _is_only_looked_at(self) -> bool:
         """Whether a first step has lr = 0 and gradients that are 0: so torch.distributed.checkpoint
@@ -344,8 +379,8 @@ class _Adam(torch.optim.Optimizer):
             return False
         gradients = [p.grad for *_, p in groups.parameters(self.param_groups) if p.grad is not None]
         nothing = bool(gradients) and not any(layouts.local(g).any() for g in gradients)
-        reducer = self._run.reducer
-        return nothing if reducer is None else reducer.agree(nothing)
+        together = self._run.reducer or (self.process_group is not None and self._others())
+        return together.agree(nothing) if together else nothing
 
     def _renew(self) -> None:
         """Copies of weights that have not moved since: a model may have been loaded meanwhile."""
@@ -476,6 +511,11 @@ class _Adam(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_swapped("copying")
+        if self.process_group is not None:
+            raise RuntimeError(
+                "an optimizer with a process_group cannot be copied or pickled, as the group cannot: "
+                "set process_group to None first, or take a state_dict"
+            )
         own = {name: getattr(self, name) for name in ("_backend", *_OF_A_STEP)}
         unsettled = {"_given": self._run.given, "_copies": self._run.copies}
         return {**super().__getstate__(), **own, **unsettled}

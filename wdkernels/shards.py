@@ -14,7 +14,7 @@ Where a process cannot begin a step for which others wait, it tells them, and al
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -275,6 +275,91 @@ class Reducer(Processes):
                     f"{group.copies[k]:g} processes that hold shards of it: all must, or none"
                 )
         return error
+
+
+# What processes that hold other tensors add up. SWD's V is the mean of v / (1 - b2^t), and sums of
+# v obey the recurrence of v itself, so that both its parts can be added up before the scale of the
+# gradients is known: V = (kept_v + scale^2 new_v) / elements.
+WHOLE = (
+    "gradient2",  # g^2, as the gradients are
+    "kept_v",  # b2 sum(v) / (1 - b2^t), or max(v) / (1 - b2^t) with amsgrad
+    "new_v",  # (1 - b2) g^2 / (1 - b2^t)
+    "elements",
+)
+
+
+def mean_v(whole: Tensor, scale: float | Tensor) -> Tensor:
+    """SWD's V."""
+    _, kept, new, elements = whole
+    return torch.where(elements == 0, 0.0, (kept + scale * scale * new) / elements)
+
+
+class Part(NamedTuple):
+    """A parameter that has a gradient, and what V is made of."""
+
+    elements: int
+    beta2: float
+    amsgrad: bool
+    state: Mapping[str, Tensor]
+
+
+class Others(Processes):
+    """Adds up numbers of the whole model with processes that hold its other tensors."""
+
+    def __init__(
+        self, processes: Any, device: torch.device, parts: Callable[[], list[Part]]
+    ) -> None:
+        """`parts`: those of this process, in the order of their sums; none but for SWD."""
+        self.whole = torch.empty(len(WHOLE), dtype=torch.float64, device=device)
+        self._processes = processes
+        self._parts = parts
+
+    def agree(self, yes: bool) -> bool:
+        no = torch.tensor([0 if yes else 1], device=self.whole.device)
+        torch.distributed.all_reduce(no, group=self._processes)
+        return not no.item()
+
+    def _exchange(
+        self, phases: Phases | None, columns: Sequence[int], error: Exception | None
+    ) -> Exception | None:
+        first = columns is _BEFORE[0]
+        own = torch.zeros(len(WHOLE) + 1, dtype=torch.float64, device=self.whole.device)
+        if phases is None or error is not None:
+            own[-1] = 1
+        else:
+            own[:-1] = self._numbers(phases, first)
+        torch.distributed.all_reduce(own, group=self._processes)
+        if own.is_cpu and own[-1].item():
+            return _told(self._processes, error)
+        if first:
+            self.whole.copy_(own[:-1])
+        else:
+            self.whole[1] += own[1]
+        return error
+
+    def _numbers(self, phases: Phases, first: bool) -> Tensor:
+        sums, parts = phases.sums, self._parts()
+        found = torch.zeros(len(WHOLE), dtype=torch.float64, device=sums.device)
+        if first:
+            found[0] = sums[:, _GRADIENT2].sum()
+            found[3] = sum(each.elements for each in parts)
+        if not parts:
+            return found
+        last = phases.reductions == 1 or not first  # when there are maxima
+        beta2 = torch.tensor([each.beta2 for each in parts], dtype=torch.float64)
+        beta2 = beta2.to(sums.device, non_blocking=True)
+        t = torch.stack([each.state["step"].double() for each in parts]).to(sums.device) + 1
+        corrections = 1 - beta2**t
+        maxima = [k for k, each in enumerate(parts) if each.amsgrad]
+        kept = [k for k, each in enumerate(parts) if not each.amsgrad]
+        if maxima and last:
+            found[1] += (sums[maxima, _MAXIMUM] / corrections[maxima]).sum()
+        if kept and first:
+            v = torch.stack([parts[k].state["exp_avg_sq_sum"] for k in kept]).to(sums.device)
+            found[1] += (beta2[kept] * v / corrections[kept]).sum()
+            new = (1 - beta2[kept]) * sums[kept, _GRADIENT2]
+            found[2] += (new / corrections[kept]).sum()
+        return found
 
 
 class _Group(NamedTuple):
