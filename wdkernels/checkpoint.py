@@ -251,7 +251,8 @@ def _copied(p: Tensor, own: Mapping[str, Any], options: GroupOptions) -> state.S
             copied["step"] = step.reshape(()).clone()
             continue
         dtype = state.fitting(x, entry.dtypes(p, options))
-        x = shards.sharded_like(p, x)
+        if entry.shape == "elements":
+            x = shards.sharded_like(p, x)
         new = x.detach().to(p.device, dtype, copy=True)
         copied[entry.name] = new.reshape(()) if entry.shape == "number" else new
     return copied
