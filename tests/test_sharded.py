@@ -71,8 +71,7 @@ def test_processes(count: int) -> None:
 def _run_checks(rank: int, count: int, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.simplefilter("error", UserWarning)
     dist.init_process_group("gloo", rank=rank, world_size=count, timeout=WITHIN)
     for check in CHECKS[count]:
         if os.environ.get("CHECK") in (None, check.__name__):

@@ -338,8 +338,8 @@ class _Adam(torch.optim.Optimizer):
         self._refuse_swapped("copying")
         if self.process_group is not None:
             raise RuntimeError(
-                "an optimizer with a process_group cannot be copied or pickled, as the group "
-                "cannot: set process_group to None first, or take a state_dict"
+                "an optimizer with a process_group cannot be copied or pickled, like the group: "
+                "set process_group to None first, or take a state_dict"
             )
         own = {name: getattr(self, name) for name in ("_backend", *_OF_A_STEP)}
         unsettled = {"_given": self._run.given, "_copies": self._run.copies}

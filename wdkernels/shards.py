@@ -8,7 +8,12 @@ that replicate are counted once. A step that needs no such number communicates n
     before the update   g^2, and amsgrad's maxima, where the norm or SWD's V is asked for
     after it            the sums of SPD and of telemetry
 
-Where a process cannot begin a step for which others wait, it tells them, and all raise.
+Where a process cannot begin a step for which others wait, it tells them, and all raise: before they
+write, if they exchange numbers before. Those of another replica (HSDP), with which a step exchanges
+nothing, are not told, nor is the host of a GPU, which does not wait for the numbers.
+
+Processes whose tensors do not know that others hold the rest of the model (FSDP1, ZeRO) add up
+what `Others` says, over the `process_group` that the user names.
 """
 
 from __future__ import annotations
