@@ -118,6 +118,9 @@ PYBIND11_MODULE(_C, m) {
              [](Request& r, const py::object& x) { r.grad_scale = number(x); });
   def_setter(request, "found_inf",
              [](Request& r, const py::object& x) { r.found_inf = number(x); });
+  def_setter(request, "whole", [](Request& r, const py::object& x) {
+    r.whole = reinterpret_cast<const Whole*>(numbers<double>(x));
+  });
   def_setter(request, "grad_norm",
              [](Request& r, const py::object& x) { r.grad_norm = numbers<double>(x); });
   def_setter(request, "skipped",

@@ -132,7 +132,9 @@ bool CpuStep::decide(int round) {
   const Request& request = input_->request;
   if (round == 0) {
     double squares = 0;
-    if (request.needs_norm())
+    if (request.whole)
+      squares = request.whole->gradient2;
+    else if (request.needs_norm())
       for (size_t i = 0; i < input_->tensors.size(); ++i) squares += work_.sums[i][kGradient2];
     decision_ = wdk::decide(request, squares);
     if (request.grad_norm) *request.grad_norm = decision_.grad_norm;
@@ -162,6 +164,7 @@ double CpuStep::mean_v() {
     total += sum / numbers.bias_correction2;
     elements += tensor.total;
   }
+  if (input_->request.whole) return mean_v_of(*input_->request.whole, decision_.scale);
   return elements ? total / static_cast<double>(elements) : 0;
 }
 

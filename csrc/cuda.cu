@@ -78,6 +78,7 @@ __device__ void conclude(const GpuWork& work, const Request& request, Round roun
 #pragma unroll 1
       for (int i = threadIdx.x; i < work.n_tensors; i += kThreads) sum += work.sums[i][kGradient2];
       sum = sum_over_block(sum);
+      if (request.whole) sum = request.whole->gradient2;
     }
     if (threadIdx.x == 0) decision = decide(request, sum);
     if (threadIdx.x == 0 && block == 0) announce(work, request, decision);
@@ -97,7 +98,9 @@ __device__ void conclude(const GpuWork& work, const Request& request, Round roun
   for (int i = threadIdx.x; i < work.n_tensors; i += kThreads)
     sum += part_of_v(work, i, decision.scale);
   sum = sum_over_block(sum);
-  if (threadIdx.x == 0) work.decision->mean_v = sum / work.total;
+  if (threadIdx.x != 0) return;
+  work.decision->mean_v =
+      request.whole ? mean_v_of(*request.whole, decision.scale) : sum / work.total;
 }
 
 __global__ void __launch_bounds__(kThreads)

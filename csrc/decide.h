@@ -43,6 +43,11 @@ WDK_INLINE double kept_sum(double kept, int64_t elements, double gradient2, doub
   return std::isnan(mean) ? kept + squares : mean;
 }
 
+// SWD's V, where other processes hold some of the tensors.
+WDK_INLINE double mean_v_of(const Whole& whole, double scale) {
+  return whole.elements ? (whole.kept_v + scale * scale * whole.new_v) / whole.elements : 0;
+}
+
 // SWD: d / sqrt(V); nothing has been learnt of the gradient's scale while V = 0.
 WDK_INLINE double swd_decay(double decay, double mean_v) {
   return mean_v == 0 ? 0 : decay / std::sqrt(mean_v);

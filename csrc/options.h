@@ -56,11 +56,18 @@ struct GroupOptions {
   Number device_lr, device_weight_decay;
 };
 
+// Sums over all tensors, where other processes hold some of them (WHOLE in wdkernels/shards.py). SWD's V
+// is (kept_v + scale^2 new_v) / elements.
+struct Whole {
+  double gradient2, kept_v, new_v, elements;
+};
+
 // What is asked of a step, beside its tensors (wdkernels/plan.py).
 struct Request {
   Number grad_scale, found_inf;  // of a GradScaler
   double max_grad_norm = INFINITY;
   bool skip_nonfinite = false;
+  const Whole* whole = nullptr;  // null: all tensors are in the table of sums
 
   // What it writes; null where nobody asks.
   double* grad_norm = nullptr;

@@ -46,6 +46,7 @@ VALUES: dict[str, Any] = {
     "max_grad_norm": 2.0,
     "skip_nonfinite": True,
     "telemetry_every": 3,
+    "process_group": torch.distributed.ProcessGroup(0, 1),
     "backend": "eager",
     "foreach": True,
     "fused": True,

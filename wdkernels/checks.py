@@ -49,9 +49,10 @@ def check_gradient(p: Tensor, name: str) -> None:
     g = p.grad
     if g is None:
         return
-    if g.layout != torch.strided:
+    layout = layouts.local(g).layout
+    if layout != torch.strided:
         raise RuntimeError(
-            f"the gradient of {name} is sparse ({g.layout}): use a dense one "
+            f"the gradient of {name} is sparse ({layout}): use a dense one "
             "(for an embedding, sparse=False), or torch.optim.SparseAdam"
         )
     check_has_memory(p, p, name, RuntimeError)
@@ -92,13 +93,14 @@ def check_alike(
 
 def check_has_memory(x: Tensor, p: Tensor, what: str, error: type[Exception]) -> None:
     """What goes with a parameter that has memory of its own must have some too."""
-    if not layouts.has_memory(p) or x.is_meta:
-        return
-    if not layouts.has_memory(x):
+    if layouts.has_memory(p) and not x.is_meta and not layouts.has_memory(x):
         raise error(
             f"{what} is a {type(x).__name__}, which has no memory of its own: make it a plain "
             "tensor, as the parameter is"
         )
+    x = layouts.local(x)
+    if not layouts.has_memory(x) or x.is_meta:
+        return
     if is_dense(x) and x.numel() > 0 and x.data_ptr() == 0:
         raise error(f"the memory of {what} has been given back: allocate it again first")
 

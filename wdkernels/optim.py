@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from operator import is_
 from typing import Any, ClassVar
 
@@ -31,17 +30,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from wdkernels import (
-    averages,
-    backends,
-    checkpoint,
-    checks,
-    groups,
-    layouts,
-    reference,
-    shards,
-    state,
-)
+from wdkernels import averages, checkpoint, groups, shards, state, steps
 from wdkernels.options import (
     GROUP_OPTIONS,
     OPTIMIZER_OPTIONS,
@@ -58,39 +47,11 @@ from wdkernels.options import (
     refuse_differentiable,
     refuse_unknown,
 )
-from wdkernels.plan import Phases, Plan, Request
+from wdkernels.plan import Request
 from wdkernels.telemetry import COLUMNS, Telemetry
 
 _NOTHING = Request()
-_CHANGED = "tensors changed while the step was being prepared"
 _OF_A_STEP = ("max_grad_norm", "skip_nonfinite", "telemetry_every")
-
-
-@dataclass
-class _Run:
-    """What the steps so far have left behind. Wrappers that copy an optimizer's attributes, such as
-    Lightning's, share it."""
-
-    calls: int = 0
-    scaled: bool = False  # a GradScaler has been seen
-    checked: tuple[Any, ...] = (None, False, None)  # options of the optimizer, when looked at
-    skipped: Tensor | None = None
-    grad_norm: Tensor | None = None
-    # How many-th call it was, its table, and the parameters with their names.
-    measured: tuple[int, Tensor, list[tuple[str, Tensor]]] | None = None
-    swapped: bool = False  # weights and averages
-    given: dict[Tensor, Tensor] = field(default_factory=dict)  # anchors that are in no state yet
-    copies: state.Copies = field(default_factory=state.Copies)
-    completed: list[GroupOptions] = field(default_factory=list)  # with which states were, by group
-
-    # Derived from the groups and the state; the next step finds it again.
-    plan: Plan | None = None
-    reducer: shards.Reducer | None = None  # where parameters are sharded
-    known: list[groups.Known] = field(default_factory=list)  # by group
-    checked_memory: list[Any] = field(default_factory=list)
-
-    def forget(self) -> None:
-        self.plan, self.known, self.checked_memory = None, [], []
 
 
 class _Adam(torch.optim.Optimizer):
@@ -103,6 +64,7 @@ class _Adam(torch.optim.Optimizer):
     max_grad_norm: float | None
     skip_nonfinite: bool
     telemetry_every: int | None
+    process_group: Any = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -125,7 +87,10 @@ class _Adam(torch.optim.Optimizer):
         self._backend = OPTIMIZER_OPTIONS["backend"].check(own["backend"], "backend")
         for name in _OF_A_STEP:
             setattr(self, name, own[name])
-        self._run = _Run()
+        self.process_group = OPTIMIZER_OPTIONS["process_group"].check(
+            own["process_group"], "process_group"
+        )
+        self._run = steps.Run()
         self._check_options_of_a_step()
         anchor = given.get("anchor", "zero")
         if not isinstance(params, (Tensor, dict)):
@@ -195,23 +160,8 @@ class _Adam(torch.optim.Optimizer):
                 loss = closure()
         run, request = self._run, self._request()
         run.plan = groups.read_again(self.param_groups, run.known, self._read, run.plan)
-        if run.plan is None:
-            run.reducer = self._reducer()
-        if run.plan is None and self._is_only_looked_at():
-            self._complete_states([known.options for known in run.known], groups.learns)
+        if not steps.take(self._subject(), request):
             return loss
-        run.copies.renew(self.state)
-        if run.reducer is not None:
-            swd, spd = self._method == "swd", self._method == "spd"
-            measured = request.telemetry is not None
-            before, after = request.needs_norm or swd, spd or measured
-            run.reducer.step(lambda: self._begin(request), before, after)
-        elif not (
-            (run.plan is not None and run.plan.step(self.state, self.param_groups, request))
-            or self._prepared().step(self.state, self.param_groups, request)
-        ):
-            raise RuntimeError(_CHANGED)
-        run.copies.clear()
         run.calls += 1
         run.grad_norm = request.grad_norm
         if request.telemetry is not None:
@@ -259,81 +209,14 @@ class _Adam(torch.optim.Optimizer):
             self._run.forget()  # it decides where steps are counted
         self._run.checked = options
 
-    def _begin(self, request: Request) -> Phases:
-        """A step in phases."""
-        plan = self._run.plan
-        if plan is None or (phases := plan.begin(self.state, self.param_groups, request)) is None:
-            phases = self._prepared().begin(self.state, self.param_groups, request)
-        if phases is None:
-            raise RuntimeError(_CHANGED)
-        return phases
-
-    def _prepared(self) -> Plan:
-        """A plan for a new set of tensors; eager formulas have none that lasts."""
-        run, every = self._run, list(groups.parameters(self.param_groups))
-        options = [known.options for known in run.known]
-        run.checked_memory = groups.check(
-            *(self.param_groups, self.state, options, run.given, run.checked_memory)
+    def _subject(self) -> steps.Subject:
+        return steps.Subject(
+            *(self._method, self._backend, self.process_group),
+            *(self.param_groups, self.state, self._run),
         )
-        learning = [layouts.local(p) for *_, p in every if groups.learns(p)]
-        backend = backends.chosen(self._backend, learning)
-        for i, _, _, p in every:  # the first thing written, so after all checks
-            if i < len(run.completed):
-                state.retire(p, self.state.get(p, {}), run.completed[i], options[i])
-        self._complete_states(options, lambda p: self._has_state(p) or p.grad is not None)
-        run.completed = options
-        parameters = groups.as_parameters(self.param_groups, self.state, options)
-        plan: Plan = backend.Plan(parameters, options, self.state, self.param_groups)
-        run.plan = None if backend is reference else plan
-        return plan
-
-    def _complete_states(
-        self, options: Sequence[GroupOptions], wanted: Callable[[Tensor], bool]
-    ) -> None:
-        made = []
-        for i, _, _, p in groups.parameters(self.param_groups):
-            if wanted(p):
-                given = self._run.given.pop(p, None)
-                names = state.complete(p, self.state[p], options[i], given)
-                made.append((p, names, options[i]))
-        self._take_note(made)
-
-    def _take_note(self, made: Iterable[tuple[Tensor, list[str], GroupOptions]]) -> None:
-        """What new entries mean: copies of weights follow them until they move, and what has been
-        summed over shards is added up."""
-        sums = {}
-        for p, names, options in made:
-            self._run.copies.take_note(p, self.state[p], names, options)
-            if "exp_avg_sq_sum" in names and "exp_avg_sq" not in names:  # else it is 0
-                sums[p] = self.state[p]["exp_avg_sq_sum"]
-        if sums and (reducer := self._reducer()) is not None:
-            reducer.add_up_numbers(sums)
-
-    def _reducer(self) -> shards.Reducer | None:
-        every = groups.parameters(self.param_groups)
-        return shards.reducer_of([(checks.name_of(group, i, k), p) for i, k, group, p in every])
-
-    def _has_state(self, p: Tensor) -> bool:
-        return state.begun(self.state.get(p))
-
-    def _is_only_looked_at(self) -> bool:
-        """Whether a first step has lr = 0 and gradients that are 0: so torch.distributed.checkpoint
-        makes the states of a new optimizer, which is to change nothing."""
-        options = [known.options for known in self._run.known]
-        if any(each.lr or each.device_numbers for each in options):
-            return False
-        if any(self._has_state(p) for *_, p in groups.parameters(self.param_groups)):
-            return False
-        every = (p.grad for *_, p in groups.parameters(self.param_groups))
-        gradients = [each for each in every if each is not None]
-        nothing = bool(gradients) and not any(layouts.local(g).any() for g in gradients)
-        return nothing if (reducer := self._run.reducer) is None else reducer.agree(nothing)
 
     def _device(self) -> torch.device:
-        """Where the numbers of the whole step are: on the first parameter's device."""
-        return next(
-            (p.device for *_, p in groups.parameters(self.param_groups)), torch.device("cpu")
-        )
+        return groups.first_device(self.param_groups)
 
     # ---- what a step leaves behind -------------------------------------------------------------
 
@@ -413,7 +296,7 @@ class _Adam(torch.optim.Optimizer):
         self._refuse_swapped("state_dict()")
         if self._run.given:  # which would be lost; but either all states exist or none
             options = [self._read(group, i) for i, group in enumerate(self.param_groups)]
-            self._complete_states(options, groups.learns)
+            steps.complete(self._subject(), options, groups.learns)
         self._run.copies.renew(self.state)
         found = super().state_dict()
         found["param_groups"] = [
@@ -437,7 +320,7 @@ class _Adam(torch.optim.Optimizer):
         def take(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             target = checkpoint.Target(
                 *(type(self).__name__, self._method, self.param_groups, self.state),
-                *(self._run.given, self._read, self._reducer()),
+                *(self._run.given, self._read, steps.reducer_of(self._subject())),
             )
             self._loaded = checkpoint.merged(target, final)
             return {**final, "state": {}}  # torch would cast, and keep the caller's tensors
@@ -451,6 +334,11 @@ class _Adam(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_swapped("copying")
+        if self.process_group is not None:
+            raise RuntimeError(
+                "an optimizer with a process_group cannot be copied or pickled, like the group: "
+                "set process_group to None first, or take a state_dict"
+            )
         own = {name: getattr(self, name) for name in ("_backend", *_OF_A_STEP)}
         unsettled = {"given": self._run.given, "copies": self._run.copies}
         return {**super().__getstate__(), **own, "_unsettled": unsettled}
@@ -459,15 +347,17 @@ class _Adam(torch.optim.Optimizer):
         """torch unpickles this way, and loads a state dict before others' hooks may look at it."""
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's, in the defaults of whatever it loads
-        fresh = _Run(**state.pop("_unsettled", {}))
+        fresh = steps.Run(**state.pop("_unsettled", {}))
         if self._loaded is not None:
             self.state = defaultdict(dict, self._loaded.states)
             self.param_groups = list(self._loaded.groups)
-            fresh = _Run(given=self._run.given, completed=self._loaded.options)
-        run: _Run = vars(self).setdefault("_run", fresh)
+            fresh = steps.Run(given=self._run.given, completed=self._loaded.options)
+        run: steps.Run = vars(self).setdefault("_run", fresh)
         vars(run).update(vars(fresh))
         if self._loaded is not None:
-            self._take_note(self._loaded.made)
+            for p in steps.take_note(run, self.state, self._loaded.made):
+                if shards.is_shard(p):  # only a step adds up what shards have
+                    del self.state[p]["exp_avg_sq_sum"]
 
 
 def _number_on(device: torch.device, x: Any) -> Tensor | None:

@@ -145,6 +145,17 @@ def interval(value: Any, name: str) -> int | None:
     return found
 
 
+def group_of_processes(value: Any, name: str) -> Any:
+    if value is not None:
+        distributed = torch.distributed.is_available()
+        if not (distributed and isinstance(value, torch.distributed.ProcessGroup)):
+            raise ValueError(
+                f"{name} must be None or a torch.distributed.ProcessGroup, such as "
+                f"torch.distributed.group.WORLD, not {value!r}"
+            )
+    return value
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 
@@ -322,6 +333,16 @@ class OfTheOptimizer(TypedDict, total=False):
             *(False, flag),
             "a step whose gradients have no finite norm changes nothing, but is counted in "
             "`skipped_steps`",
+        ),
+    ]
+    process_group: Annotated[
+        Any,
+        Option(
+            *(None, group_of_processes),
+            "a torch.distributed.ProcessGroup whose processes each hold other parameters, or parts "
+            "of them, as plain tensors (ZeroRedundancyOptimizer, FSDP1): the gradients' norm and "
+            "SWD's V are those of all of them. SPD's decisions, telemetry and the numbering of "
+            "elements for random bits are of each process's tensors. DTensors need no group",
         ),
     ]
     telemetry_every: Annotated[

@@ -41,6 +41,7 @@ class Request(NamedTuple):
     found_inf: Tensor | None = None  # of a GradScaler: skip this step if it is not 0
     max_grad_norm: float = math.inf
     skip_nonfinite: bool = False
+    whole: Tensor | None = None  # sums over the tensors of all processes (wdkernels/shards.py)
     grad_norm: Tensor | None = None  # 0-d float64, to be written; None if nobody asks
     skipped: Tensor | None = None  # 0-d int64, counts skipped steps; None where none can be
     telemetry: Tensor | None = None  # to be written: float64 [parameters with a gradient, COLUMNS]

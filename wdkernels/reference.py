@@ -159,7 +159,7 @@ class Step:
         ]
         self._normed = request.needs_norm
         self._swd = any(p.options.method == "swd" for p in self._parameters)
-        self._squared = self._normed or request.telemetry is not None
+        self._squared = self._normed or request.telemetry is not None or request.whole is not None
         self.reductions = self._squared + self._swd  # v is that of the scaled gradients
         self._mean_v: Tensor | None = None
         device = self._parameters[0].w.device if self._parameters else None
@@ -203,7 +203,8 @@ class Step:
         if not self._normed:
             return proceed
         unscale = self._parameters[0].scale.unscale if self._parameters else 1.0
-        norm = unscale * self._columns["gradient2"].sum().sqrt().item()
+        squares = self._columns["gradient2"].sum() if request.whole is None else request.whole[0]
+        norm = unscale * squares.sqrt().item()
         if request.grad_norm is not None:
             request.grad_norm.fill_(norm)
         clip = 1.0
@@ -226,7 +227,11 @@ class Step:
                 kept.copy_(total)
             parts.append(total / (1 - b2**p.t))
             count += p.total
-        self._mean_v = torch.stack(parts).sum() / count
+        if (whole := self._request.whole) is None:
+            self._mean_v = torch.stack(parts).sum() / count
+        else:
+            scale = self._parameters[0].scale
+            self._mean_v = shards.mean_v(whole, scale.unscale * scale.clip)
 
     def update(self) -> None:
         """Lines 1 to 4, and line 6 where line 5 does not come between."""

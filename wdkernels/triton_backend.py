@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wdkernels import layouts
+from wdkernels import layouts, shards
 from wdkernels.options import GroupOptions
 from wdkernels.plan import Parameter, Request, Watch, in_turn
 from wdkernels.sums import SUMS
@@ -241,6 +241,9 @@ class Step:
         if round >= self.reductions - 1 and self._swd:
             shares = [each.share_of_v(self._folded()) for each in self._swd]
             elements = sum(each.total for each in self._swd)
+            if (whole := self._request.whole) is not None:
+                scale = 1.0 if self._decision is None else self._decision[DECISION.index("scale")]
+                shares, elements = [shards.mean_v(whole, scale).reshape(1)], 1
             for each in self._swd:
                 each.take_mean_v(shares, elements)
         return True
@@ -268,6 +271,8 @@ class Step:
         return self.sums if self._in_phases else None
 
     def _squares_of_norm(self) -> Tensor:
+        if self._request.whole is not None:
+            return self._request.whole[:1]
         if not self._in_phases:
             return joined(self._squares, self._plan.device)
         return self.sums[:, SUMS.index("gradient2")].index_select(0, self._plan.order())
