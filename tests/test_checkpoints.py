@@ -339,6 +339,19 @@ def test_what_is_carried_is_copied() -> None:
     assert checkpoint["state"][0]["slow"].sum() == 3
 
 
+def test_an_entry_of_others_is_not_taken_for_ours() -> None:
+    """A sum of v that AdamW has carried along is nobody's word on v."""
+    w = torch.ones(3)
+    optimizer = wd.AdamW([w])
+    w.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.state[w]["exp_avg_sq_sum"] = torch.tensor(7.0, dtype=torch.float64)
+    other = wd.AdamSWD([w])
+    other.load_state_dict(saved(optimizer.state_dict()))
+    v = other.state[w]["exp_avg_sq"]
+    assert other.state[w]["exp_avg_sq_sum"] == v.sum(dtype=torch.float64)
+
+
 def test_only_another_state_before_the_first_step_is_none() -> None:
     """dcp's first step with lr 0 still changes nothing, and averages begin with the weights."""
     w = torch.ones(3)
