@@ -662,13 +662,16 @@ def test_a_state_dict_of_older_torch_does_not_say_which_decay_it_has() -> None:
 
 
 def test_what_torch_trained_with_last_says_which_decay_it_is() -> None:
-    """Our own options are carried along by torch, and no longer mean anything."""
+    """Our own options are carried along by torch, and no longer mean anything. What does is
+    torch's own word, by which its Adam goes on with the decay of the state dict that it loads."""
     params = weights()
-    other = torch.optim.Adam(params)
-    ours = wd.AdamW(params, weight_decay=0.1, decay_scale="relative_lr")
+    other = torch.optim.AdamW(params)
+    ours = wd.AdamSWD(params, weight_decay=0.1, decay_scale="relative_lr")
     other.load_state_dict(ours.state_dict())
     assert "decay_scale" in other.param_groups[0]
-    wd.Adam(params).load_state_dict(other.state_dict())
+    wd.AdamW(params).load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"is decoupled, Adam's is L2"):
+        wd.Adam(params).load_state_dict(other.state_dict())
 
 
 @every_backend

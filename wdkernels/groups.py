@@ -218,13 +218,14 @@ def check(
     tensors, names = [], []
     for i, k, group, p in parameters(groups):
         own = states.get(p, {})
-        if not (learns(p) or own):
+        if not (learns(p) or state.begun(own)):
             continue
         name = checks.name_of(group, i, k)
         checks.check_parameter(p, name)
         checks.check_gradient(p, name)
         shards.check_gradient(p, name)
         state.check_in_use(p, own, options[i], name, p.grad is not None, p in given)
+        own = state.own_part(p, own, options[i])
         for what, x in ((name, p), *state.written(own, name)):
             if layouts.has_memory(here := layouts.local(x)):
                 tensors.append(here)
@@ -245,7 +246,8 @@ def as_parameters(
     """All parameters as a backend sees them; their states are complete or not there."""
     found = []
     for position, (i, k, group, p) in enumerate(parameters(groups)):
-        own = states.get(p) or None
+        own = states.get(p, {})
+        own = own if state.begun(own) else None
         random = _rounds_randomly(p, options[i])
         found.append(
             Parameter(

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from wdkernels import checkpoint, groups, shards, state, steps
+from wdkernels import averages, checkpoint, groups, shards, state, steps
 from wdkernels.options import (
     GROUP_OPTIONS,
     OPTIMIZER_OPTIONS,
@@ -116,7 +116,7 @@ class _Adam(torch.optim.Optimizer):
             param_group["params"] = list(param_group["params"])
             groups.refuse_duplicates(self.param_groups, param_group["params"])
         super().add_param_group(param_group)
-        group = Group.of(self.param_groups.pop())
+        group = Group.of(self.param_groups.pop(), self._method)
         refuse_differentiable(group.get("differentiable"))
         for key in TORCH_CHOICES:
             group.pop(key, None)
@@ -268,20 +268,18 @@ class _Adam(torch.optim.Optimizer):
         self._refuse_swapped("ema_weights()")
         if all(group["ema_decay"] is None for group in self.param_groups):
             raise RuntimeError("there are no averages: construct the optimizer with ema_decay")
-        not_moved = {p for p, name in self._run.copies if name == "ema"}
+        every = {p for *_, p in groups.parameters(self.param_groups)}
+        not_moved = self._run.copies.of("ema")
         with ExitStack() as undo:  # all of it, whatever of it fails
+            undo.callback(shards.reshard, every)
+            shards.reshard(every)
             self._run.swapped = True
             undo.callback(setattr, self._run, "swapped", False)
             for _, _, group, p in groups.parameters(self.param_groups):
                 ema = self.state.get(p, {}).get("ema")
                 if group["ema_decay"] is None or ema is None or p in not_moved:
                     continue
-                if p.dtype == ema.dtype:
-                    _exchange(p, ema)
-                    undo.callback(_exchange, p, ema)
-                else:
-                    undo.callback(_write, p, p.detach().clone())
-                    _write(p, ema)
+                averages.swap_in(p, ema, undo)
             yield
 
     def _refuse_swapped(self, what: str) -> None:
@@ -299,7 +297,7 @@ class _Adam(torch.optim.Optimizer):
         if self._run.given:  # which would be lost; but either all states exist or none
             options = [self._read(group, i) for i, group in enumerate(self.param_groups)]
             steps.complete(self._subject(), options, groups.learns)
-        steps.renew(self._subject())
+        self._run.copies.renew(self.state)
         found = super().state_dict()
         found["param_groups"] = [
             checkpoint.saved_group(group, self._method) for group in found["param_groups"]
@@ -322,7 +320,7 @@ class _Adam(torch.optim.Optimizer):
         def take(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             target = checkpoint.Target(
                 *(type(self).__name__, self._method, self.param_groups, self.state),
-                *(self._run.given, self._read),
+                *(self._run.given, self._read, steps.reducer_of(self._subject())),
             )
             self._loaded = checkpoint.merged(target, final)
             return {**final, "state": {}}  # torch would cast, and keep the caller's tensors
@@ -342,42 +340,28 @@ class _Adam(torch.optim.Optimizer):
                 "set process_group to None first, or take a state_dict"
             )
         own = {name: getattr(self, name) for name in ("_backend", *_OF_A_STEP)}
-        unsettled = {"_given": self._run.given, "_copies": self._run.copies}
-        return {**super().__getstate__(), **own, **unsettled}
+        unsettled = {"given": self._run.given, "copies": self._run.copies}
+        return {**super().__getstate__(), **own, "_unsettled": unsettled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """torch unpickles this way, and loads a state dict before others' hooks may look at it."""
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's, in the defaults of whatever it loads
-        given, copies = state.pop("_given", {}), state.pop("_copies", [])
+        fresh = steps.Run(**state.pop("_unsettled", {}))
         if self._loaded is not None:
             self.state = defaultdict(dict, self._loaded.states)
             self.param_groups = list(self._loaded.groups)
-            given = self._run.given
-        completed = [] if self._loaded is None else self._loaded.options
-        fresh = steps.Run(given=given, copies=copies, completed=completed)
+            fresh = steps.Run(given=self._run.given, completed=self._loaded.options)
         run: steps.Run = vars(self).setdefault("_run", fresh)
         vars(run).update(vars(fresh))
         if self._loaded is not None:
-            for p in steps.take_note(run, self._loaded.made):
+            for p in steps.take_note(run, self.state, self._loaded.made):
                 if shards.is_shard(p):  # only a step adds up what shards have
                     del self.state[p]["exp_avg_sq_sum"]
 
 
 def _number_on(device: torch.device, x: Any) -> Tensor | None:
     return None if x is None else torch.as_tensor(x, dtype=torch.float32, device=device)
-
-
-@torch.no_grad()
-def _write(to: Tensor, values: Tensor) -> None:
-    to.copy_(values)
-
-
-@torch.no_grad()
-def _exchange(p: Tensor, ema: Tensor) -> None:
-    before = p.clone()
-    p.copy_(ema)
-    ema.copy_(before)
 
 
 class Adam(_Adam):

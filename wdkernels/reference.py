@@ -48,7 +48,7 @@ from wdkernels.coefficients import decay_scale, ema_decay, mix, random_key
 from wdkernels.layouts import Numbering
 from wdkernels.options import GroupOptions
 from wdkernels.plan import Parameter, Request, in_turn
-from wdkernels.state import storage_of
+from wdkernels.state import own_part, storage_of
 from wdkernels.sums import SUMS
 from wdkernels.telemetry import COLUMNS
 
@@ -76,7 +76,8 @@ def grouped(parameters: Sequence[Parameter], options: Sequence[GroupOptions]) ->
         group = groups[p.group]
         group.params.append(layouts.local(p.tensor))
         group.grads.append(shards.gradient_of(p.tensor, p.name))
-        group.states.append({name: layouts.local(x) for name, x in p.state.items()})
+        own = own_part(p.tensor, p.state, options[p.group])
+        group.states.append({name: layouts.local(x) for name, x in own.items()})
         group.indices.append(p.position)
         group.totals.append(p.total)
         group.numberings.append(p.numbering)

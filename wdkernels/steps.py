@@ -3,7 +3,7 @@ processes that hold the other shards or the other tensors of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ class Run:
     measured: tuple[int, Tensor, list[tuple[str, Tensor]]] | None = None
     swapped: bool = False  # weights and averages
     given: dict[Tensor, Tensor] = field(default_factory=dict)  # anchors that are in no state yet
-    copies: list[tuple[Tensor, str]] = field(default_factory=list)  # of weights not yet moved
+    copies: state.Copies = field(default_factory=state.Copies)
     completed: list[GroupOptions] = field(default_factory=list)  # with which states were, by group
 
     # Derived from the groups and the state; the next step finds it again.
@@ -67,12 +67,12 @@ def take(subject: Subject, request: Request) -> bool:
     """A step; False if it was only looked at. The groups have been read."""
     run = subject.run
     if run.plan is None:
-        run.reducer = _reducer(subject)
-    if not subject.states and not run.begun and _is_only_looked_at(subject):
+        run.reducer = reducer_of(subject)
+    if not run.begun and _is_only_looked_at(subject):
         complete(subject, subject.options(), groups.learns)
         return False
     run.begun = True
-    renew(subject)
+    run.copies.renew(subject.states)
     if run.reducer is not None:
         _step_of_shards(subject, run.reducer, request)
     elif subject.process_group is not None and (before := _exchanges(subject, request)):
@@ -92,6 +92,8 @@ def _is_only_looked_at(subject: Subject) -> bool:
     """Whether a first step has lr = 0 and gradients that are 0: so torch.distributed.checkpoint
     makes the states of a new optimizer, which is to change nothing."""
     if any(each.lr or each.device_numbers for each in subject.options()):
+        return False
+    if any(state.begun(subject.states.get(p)) for *_, p in subject.parameters()):
         return False
     every = (p.grad for *_, p in subject.parameters())
     gradients = [each for each in every if each is not None]
@@ -123,9 +125,11 @@ def _prepared(subject: Subject) -> Plan:
     )
     backend = _chosen(subject)
     for i, _, _, p in subject.parameters():  # the first thing written, so after all checks
-        if (own := subject.states.get(p)) and i < len(run.completed):
-            state.retire(p, own, run.completed[i], options[i])
-    made = complete(subject, options, lambda p: bool(subject.states.get(p)) or p.grad is not None)
+        if i < len(run.completed):
+            state.retire(p, subject.states.get(p, {}), run.completed[i], options[i])
+    made = complete(
+        subject, options, lambda p: state.begun(subject.states.get(p)) or p.grad is not None
+    )
     run.completed = options
     if run.reducer is not None:  # which this step adds up
         run.reducer.new_sums.update((p, subject.states[p]["exp_avg_sq_sum"]) for p in made)
@@ -154,24 +158,21 @@ def complete(
             given = subject.run.given.pop(p, None)
             names = state.complete(p, subject.states[p], options[i], given)
             made.append((p, names, options[i]))
-    return take_note(subject.run, made)
+    return take_note(subject.run, subject.states, made)
 
 
-def take_note(run: Run, made: Iterable[tuple[Tensor, list[str], GroupOptions]]) -> list[Tensor]:
+def take_note(
+    run: Run,
+    states: Mapping[Tensor, Any],
+    made: Iterable[tuple[Tensor, list[str], GroupOptions]],
+) -> list[Tensor]:
     """Copies of weights follow them until they move. Returns whose sum of v is new, and not 0."""
     summed = []
     for p, names, options in made:
-        run.copies += [(p, name) for name in state.copies_of_weights(names, options)]
+        run.copies.take_note(p, states[p], names, options)
         if "exp_avg_sq_sum" in names and "exp_avg_sq" not in names:
             summed.append(p)
     return summed
-
-
-def renew(subject: Subject) -> None:
-    """Copies of weights that have not moved since: a model may have been loaded meanwhile."""
-    for p, name in subject.run.copies:
-        if name in subject.states.get(p, {}):
-            subject.states[p][name].copy_(p.detach())
 
 
 # ---- together with other processes ---------------------------------------------------------------
@@ -200,7 +201,7 @@ def _exchanges(subject: Subject, request: Request) -> int:
     return 1 + (amsgrad and request.needs_norm)
 
 
-def _reducer(subject: Subject) -> shards.Reducer | None:
+def reducer_of(subject: Subject) -> shards.Reducer | None:
     every = subject.parameters()
     if not any(shards.is_shard(p) for *_, p in every):
         return None
