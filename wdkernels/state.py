@@ -376,9 +376,15 @@ def check_in_use(
             )
     state = own_part(p, state, options)
     check_own_part(p, state, name)
-    late = begun(state) or (active and options.anchor == "given")
-    if BY_NAME["anchor"].needed(p, options) and "anchor" not in state and late and not given:
-        raise ValueError(no_anchor(name))
+    if BY_NAME["anchor"].needed(p, options) and "anchor" not in state and not given:
+        if begun(state):
+            raise ValueError(no_anchor(name))
+        if active and options.anchor == "given":
+            raise ValueError(
+                f"{name} has no anchor: those that were given belong to other parameters, in whose "
+                "place it stands; give them for the parameters that are trained, or choose "
+                "anchor='initial'"
+            )
     if "step" in state:
         step = state["step"]
         if not isinstance(step, Tensor) or step.is_cpu:
@@ -413,9 +419,8 @@ def check_in_use(
 
 def no_anchor(name: str) -> str:
     return (
-        f"{name} has no anchor: choose one at construction or in add_param_group, for the tensors "
-        "that the groups hold then; it cannot be switched on later. Where a wrapper puts other "
-        "tensors into the groups, as DeepSpeed does, anchor='initial' is taken of those"
+        f"{name} has no anchor: choose one at construction or in add_param_group; it cannot be "
+        "switched on later"
     )
 
 
