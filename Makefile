@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench gpu lint wheel wheels clean
+.PHONY: help demo sharded test bench gpu lint wheel wheels clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -17,6 +17,9 @@ help: ## list the targets
 
 demo: $(VENV)/installed ## fine-tune a small network with every optimizer (examples/out/)
 	$(BIN)/python examples/finetune_digits.py
+
+sharded: $(VENV)/installed ## train a small GPT by FSDP2 over two processes, and resume it
+	$(BIN)/python examples/fsdp2_stdlib.py
 
 test: $(VENV)/installed ## run the tests
 	$(BIN)/python -m pytest

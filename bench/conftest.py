@@ -10,7 +10,7 @@ import torch
 from bench import machine
 from bench.contenders import contenders
 from bench.runner import cases_of, workloads_of
-from bench.workloads import FULL, ONE_THREAD, QUICK, on_gpu
+from bench.workloads import FULL, ONE_THREAD, QUICK, SHARDED, on_gpu
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--quick": {
@@ -37,10 +37,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         option = metafunc.config.getoption
         workloads = workloads_of(device, option("--quick"), option("--workload"))
-        here = (w for w in workloads if ONE_THREAD not in w.parts)  # others need another process
+        elsewhere = {ONE_THREAD, SHARDED}  # in processes of their own
+        here = (w for w in workloads if not elsewhere & set(w.parts))
         metafunc.parametrize("case", [x for w in here for x in cases_of(w, device)], ids=str)
     if "contender" in metafunc.fixturenames:
-        steps = [c for c in contenders(device) if c.method != "limit"]
+        steps = [c for c in contenders(device) if c.method != "limit" and c.parts != (SHARDED,)]
         metafunc.parametrize("contender", steps, ids=lambda contender: contender.name)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import wdkernels as wd
-from bench import deepspeed, limit, papers, separate
-from bench.workloads import DECAYS, MANY, ONE_THREAD, WHOLE
+from bench import deepspeed, distributed, limit, papers, separate
+from bench.workloads import DECAYS, MANY, ONE_THREAD, SHARDED, WHOLE
 
 Groups = list[dict[str, Any]]
 EVERYWHERE = (DECAYS, WHOLE, ONE_THREAD)
@@ -72,6 +72,7 @@ def contenders(device: torch.device) -> list[Contender]:
         *_ours_in_bf16(backend),
         *_our_whole_steps(backend),
         *([] if on_cpu else _ours_in_triton()),
+        *_ours_sharded(backend),
         *_torch(),
         *_apex(device),
         *_deepspeed(device),
@@ -127,7 +128,7 @@ def _ours(backend: str) -> list[Contender]:
     adamw = partial(ours, factory=wd.AdamW)
     spd = partial(ours, factory=wd.AdamSPD, weight_decay=1.0)
     return [
-        adamw("AdamW", parts=EVERYWHERE),
+        adamw("AdamW", parts=(*EVERYWHERE, SHARDED)),
         adamw("AdamW, scheduled", prepare=next_lr, parts=(MANY,)),
         adamw("AdamW schedule", decay_schedule=wd.schedules.cosine(1.0, 0.5, steps=1000)),
         adamw("AdamW relative_lr", decay_scale="relative_lr", weight_decay=1e-5),
@@ -138,9 +139,9 @@ def _ours(backend: str) -> list[Contender]:
         ours("Adam", wd.Adam),
         ours("Adam unmixed", wd.Adam, unmixed=True),
         ours("Adam anchor", wd.Adam, anchor="initial", more=ANCHOR),
-        ours("AdamSWD", wd.AdamSWD, more=NORM),
-        spd("AdamSPD fires", more=ANCHOR, fires=True),
-        spd("AdamSPD rests", more=ANCHOR),
+        ours("AdamSWD", wd.AdamSWD, more=NORM, parts=(DECAYS, SHARDED)),
+        spd("AdamSPD fires", more=ANCHOR, fires=True, parts=(DECAYS, SHARDED)),
+        spd("AdamSPD rests", more=ANCHOR, parts=(DECAYS, SHARDED)),
         spd("AdamSPD zero fires", anchor="zero", fires=True),
         spd("AdamSPD zero rests", anchor="zero"),
     ]
@@ -165,13 +166,20 @@ def _our_whole_steps(backend: str, maker: str = "wdkernels") -> list[Contender]:
     clip = partial(adamw, max_grad_norm=MAX_NORM)
     both = partial(clip, ema_decay=EMA_DECAY, more=NORM + EMA)
     return [
-        clip("AdamW clip", more=NORM),
+        clip("AdamW clip", more=NORM, parts=(WHOLE, SHARDED)),
         adamw("AdamW EMA", ema_decay=EMA_DECAY, more=EMA),
         both("AdamW clip + EMA"),
         adamw("AdamW telemetry", telemetry_every=1),
         both("AdamW all", telemetry_every=NOW_AND_THEN),
-        both("AdamW all, measured", telemetry_every=1),
+        both("AdamW all, measured", telemetry_every=1, parts=(WHOLE, SHARDED)),
     ]
+
+
+def _ours_sharded(backend: str) -> list[Contender]:
+    """Beside what is measured unsharded too; *plain* has the shards as tensors of their own."""
+    ours = partial(_contender, "wdkernels", backend=backend, parts=(SHARDED,))
+    plain = distributed.PlainAdamW
+    return [ours("AdamW plain", plain, prepare=plain.prepare)]
 
 
 def _ours_in_triton() -> list[Contender]:
@@ -194,7 +202,7 @@ def _torch() -> list[Contender]:
         return _contender(maker, method, torch.optim.AdamW, **options)
 
     return [
-        adamw("torch fused", fused=True, parts=EVERYWHERE),
+        adamw("torch fused", fused=True, parts=(*EVERYWHERE, SHARDED)),
         adamw("torch fused", "AdamW, scheduled", fused=True, prepare=next_lr, parts=(MANY,)),
         adamw(
             "torch fused",
@@ -204,7 +212,7 @@ def _torch() -> list[Contender]:
             more=BF16_MOMENTS,
             parts=(WHOLE,),
         ),
-        adamw("torch foreach", foreach=True, every=4),
+        adamw("torch foreach", foreach=True, every=4, parts=(DECAYS, SHARDED)),
         adamw("torch single", foreach=False, every=4),
         adamw("torch fused", "AdamW amsgrad", fused=True, amsgrad=True, more=AMSGRAD),
         _contender("torch fused", "Adam", torch.optim.Adam, fused=True),
@@ -239,6 +247,12 @@ def _deepspeed(device: torch.device) -> list[Contender]:
         _contender("DeepSpeed", "AdamW", deepspeed.adamw, parts=EVERYWHERE),
         _contender(
             "DeepSpeed", "AdamW bf16", deepspeed.adamw, dtype=torch.bfloat16, parts=(WHOLE,)
+        ),
+        _contender(
+            *("DeepSpeed", "AdamW bf16 master_weights", deepspeed.WithMasters),
+            dtype=torch.bfloat16,
+            more=MASTER,
+            parts=(WHOLE,),
         ),
     ]
     if deepspeed.has_multi(installed.submodule_search_locations or []):

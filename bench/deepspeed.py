@@ -21,6 +21,32 @@ def adamw_multi(params: Any, **options: Any) -> Any:
     return multi(_kind())(params, adamw_mode=True, fp32_optimizer_states=True, **options)
 
 
+class WithMasters:
+    """bfloat16 weights that follow float32 ones, as ZeRO offloads them: gradients are widened into
+    those of the masters, DeepSpeedCPUAdam updates these, and they are copied to the weights."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        self._weights = [p for group in params for p in group["params"]]
+        self._masters = [p.detach().float() for p in self._weights]
+        for master in self._masters:
+            master.grad = torch.empty_like(master)
+        self._optimizer = adamw(self._masters, **options)
+        self.param_groups = self._optimizer.param_groups
+
+    @property
+    def state(self) -> dict[torch.Tensor, dict[str, Any]]:
+        return {
+            p: {"master": master, **self._optimizer.state[master]}
+            for p, master in zip(self._weights, self._masters, strict=True)
+        }
+
+    @torch.no_grad()
+    def step(self) -> None:
+        torch._foreach_copy_([x.grad for x in self._masters], [p.grad for p in self._weights])
+        self._optimizer.step()
+        torch._foreach_copy_(self._weights, self._masters)
+
+
 def has_multi(folders: Iterable[str]) -> bool:
     """Whether the DeepSpeed installed there has such a call; to ask its module would compile it."""
     sources = (path for folder in folders for path in Path(folder).rglob("cpu_adam.cpp"))

@@ -49,7 +49,7 @@ def title(description: dict[str, str | int]) -> str:
 
 
 def commit() -> str:
-    """Of this source tree; unknown where git cannot say it."""
+    """The commit of this source tree; unknown where git cannot say it."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
@@ -112,7 +112,7 @@ def _flags() -> list[str]:
 
 
 def _caches() -> str:
-    """Of the first core, smallest first; instruction caches left out."""
+    """The first core's caches, smallest first; instruction caches left out."""
     folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
     caches = (
         {name: (folder / name).read_text().strip() for name in ("level", "type", "size")}

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import chart, machine
+from bench import chart, distributed, machine
 from bench.results import Results, Row
 from bench.targets import targets
 
@@ -51,7 +51,12 @@ global norm, *EMA* an average of the weights, *telemetry* each step measured; *a
 them with every tenth step measured, so that a median is that of a step which is not, and *all,
 measured* with each. *Separate* does the same with torch's own functions, one after the other:
 clip_grad_norm_, fused AdamW, _foreach_lerp_, and of telemetry no more than the norms of weights and
-gradients (bench/separate.py)."""
+gradients (bench/separate.py).
+
+*Sharded* workloads are FSDP2's (fully_shard) over {ranks} processes (bench/distributed.py), which
+begin a step together; it takes what it takes in the slowest of them, and GB/s are those of all.
+*Plain* has the same shards as tensors of their own. **Collectives** are those of a step in a
+process."""
 LOOP = "a loop that moves the streams of AdamW with one addition each"
 COPY = "a copy of two gigabytes within its memory, bytes read plus written"
 GROUPS = """, and
@@ -111,10 +116,17 @@ def _entry(row: Row, results: Results) -> dict[str, Any]:
         "groups": row.groups,
         "bytes": row.bytes,
         **times,
+        **_if_sharded(row),
         "GB/s": _short(row.gbs),
         "of_limit": _short(results.of_limit(row)),
         "rounds": len(row.seconds),
     }
+
+
+def _if_sharded(row: Row) -> dict[str, Any]:
+    if row.collectives is None:
+        return {}
+    return {"us_each": _short(row.us_each), "collectives": row.collectives}
 
 
 def _clocks(results: Results) -> dict[str, bool]:
@@ -135,7 +147,9 @@ def _headings(results: Results, workload: str) -> tuple[str, ...]:
     groups = (f"{count} groups" for count in counts if count > 1)
     times = ("kernel ms", "wall ms") if results.on_gpu else ("ms",)
     fused = ("over fused", "wall over fused") if results.on_gpu else ("over fused",)
-    return ("contender", *times, "GB/s", "of limit", *fused, *groups)
+    sharded = any(map(_if_sharded, _single_group(results, workload)))
+    more = ("µs a parameter", "collectives") if sharded else ()
+    return ("contender", *times, "GB/s", "of limit", *fused, *groups, *more)
 
 
 def _cells(row: Row, results: Results) -> tuple[str, ...]:
@@ -155,6 +169,7 @@ def _cells(row: Row, results: Results) -> tuple[str, ...]:
         "unmeasured" if limit is None else f"{limit:.0%}",
         *("" if speed is None else f"{speed:.3g}×" for speed in fused),
         *(f"{other.time_over(row):.2f}×" for other in grouped),
+        *(f"{x:.3g}" for x in _if_sharded(row).values()),
     )
 
 
@@ -168,7 +183,9 @@ def _markdown(results: Results, picture: str) -> Iterator[str]:
     yield f"Measured on {results.date} at commit {results.commit} by `{command}`.\n"
     yield from _table(("", ""), m.items())
     yield "\n" + (ON_GPU if on_gpu else ON_CPU)
-    yield NOTES.format(limit=COPY if on_gpu else LOOP, groups=GROUPS if grouped else "")
+    yield NOTES.format(
+        limit=COPY if on_gpu else LOOP, groups=GROUPS if grouped else "", ranks=distributed.RANKS
+    )
     yield "\n## Targets\n"
     yield from _table(("", "target", "measured", ""), _answers(results))
     for workload in results.workloads():

@@ -20,6 +20,8 @@ class Row:
     bytes: int
     seconds: dict[int, float]  # by round
     kernel_seconds: dict[int, float] = field(default_factory=dict)  # likewise, by a GPU's own clock
+    parameters: int = 1
+    collectives: int | None = None  # of a step, where processes share the workload
 
     @property
     def name(self) -> str:
@@ -39,6 +41,11 @@ class Row:
     def quartiles_ms(self, wall: bool = False) -> tuple[float, float]:
         first, last = np.quantile(list(self.times(wall).values()), (0.25, 0.75))
         return 1e3 * first, 1e3 * last
+
+    @property
+    def us_each(self) -> float:
+        """Microseconds of the host for each parameter."""
+        return 1e3 * self.ms(wall=True) / self.parameters
 
     @property
     def gbs(self) -> float:

@@ -7,7 +7,7 @@ import os
 import random
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,11 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from bench import machine
+from bench import distributed, machine
 from bench.clock import Clock, clock_of
 from bench.contenders import Contender, contenders
 from bench.results import Absence, Results, Row
-from bench.workloads import FULL, ONE_THREAD, QUICK, Workload, on_gpu
+from bench.workloads import FULL, ONE_THREAD, QUICK, SHARDED, Workload, on_gpu
+from wdkernels import layouts
 
 WARM_UP = 2  # steps: the first makes the state, the second meets it where it will stay
 MOST_ROUNDS = 100
@@ -50,9 +51,10 @@ class Case:
 
 def workloads_of(device: torch.device, quick: bool, names: Sequence[str]) -> list[Workload]:
     full = FULL if device.type == "cpu" else on_gpu(machine.gpu_memory(device))
+    found = QUICK if quick else full
     if names:
-        return [w for w in (*full, *QUICK) if w.name in names]
-    return list(QUICK if quick else full)
+        found = tuple(w for w in (*full, *QUICK) if w.name in names)
+    return [w for w in found if SHARDED not in w.parts or distributed.is_possible(device)]
 
 
 def cases_of(workload: Workload, device: torch.device) -> list[Case]:
@@ -71,6 +73,7 @@ class Record:
 
     seconds: dict[int, float] = field(default_factory=dict)
     kernel_seconds: dict[int, float] = field(default_factory=dict)  # none on a CPU
+    collectives: int | None = None  # of a step, where processes share the workload
     problem: str = ""
     trace: str = ""  # as text: a traceback would hold on to the memory that was too little
 
@@ -96,6 +99,8 @@ def run(workloads: Iterable[Workload], device: torch.device, console: Console) -
         cases = cases_of(workload, device)
         if ONE_THREAD in workload.parts:
             records = _on_one_thread(workload, device)
+        elif SHARDED in workload.parts:
+            records = _on_all_ranks(workload, device)
         else:
             records = list(measure(cases, device, console).values())
         for case, record in zip(cases, records, strict=True):
@@ -116,6 +121,7 @@ def row_of(case: Case, record: Record) -> Row:
     return Row(
         *(workload.name, workload.title, contender.maker, contender.method),
         *(case.groups, case.bytes, record.seconds, record.kernel_seconds),
+        *(len(workload.shapes), record.collectives),
     )
 
 
@@ -134,13 +140,40 @@ def _records_of(workload: Workload, device: torch.device) -> list[Record]:
     return list(measure(cases, device, Console(stderr=True)).values())
 
 
+def _on_all_ranks(workload: Workload, device: torch.device) -> list[Record]:
+    """A process for each; a step takes as long as in the slowest."""
+    by_rank = distributed.on_all_ranks(_records_of_rank, workload, device)
+    return [_slowest(records) for records in zip(*by_rank, strict=True)]
+
+
+def _records_of_rank(workload: Workload, device: torch.device, rank: int) -> list[Record]:
+    console = Console(stderr=True, quiet=rank > 0)
+    clock = distributed.Together(clock_of(device))
+    cases = cases_of(workload, device)
+    return list(measure(cases, device, console, clock, distributed.shard).values())
+
+
+def _slowest(records: Sequence[Record]) -> Record:
+    if failed := next((record for record in records if record.problem), None):
+        return failed
+    slowest = Record(collectives=records[0].collectives)
+    for name in ("seconds", "kernel_seconds"):
+        times = [getattr(record, name) for record in records]
+        setattr(slowest, name, {k: max(each[k] for each in times) for k in times[0]})
+    return slowest
+
+
 def measure(
-    cases: Sequence[Case], device: torch.device, console: Console, clock: Clock | None = None
+    cases: Sequence[Case],
+    device: torch.device,
+    console: Console,
+    clock: Clock | None = None,
+    shard: Callable[[list[Tensor]], list[Tensor]] | None = None,
 ) -> dict[Case, Record]:
     """Measure cases of one workload against each other. What fails does not keep the others."""
     records = {case: Record() for case in cases}
     try:
-        _measure(records, device, console, clock or clock_of(device))
+        _measure(records, device, console, clock or clock_of(device), shard)
     except Exception as error:
         for record in records.values():
             record.fail(error)
@@ -149,16 +182,22 @@ def measure(
 
 
 def _measure(
-    records: dict[Case, Record], device: torch.device, console: Console, clock: Clock
+    records: dict[Case, Record],
+    device: torch.device,
+    console: Console,
+    clock: Clock,
+    shard: Callable[[list[Tensor]], list[Tensor]] | None,
 ) -> None:
     workload = next(iter(records)).workload
-    arena = Arena(workload, device, clock)
+    arena = Arena(workload, device, clock, shard)
     with ProgressBar(workload.title, console) as bar:
         entrants: dict[Case, Entrant] = {}
         for case, record in records.items():
             bar.show(f"warming up {case.contender.name}")
             try:
                 entrants[case] = arena.warm_up(case)
+                if shard is not None:
+                    record.collectives = distributed.collectives(entrants[case].optimizer.step)
             except Exception as error:
                 record.fail(error)
             if record.problem:
@@ -203,12 +242,21 @@ class Arena:
     workload needs no more memory for thirty contenders than for one.
     """
 
-    def __init__(self, workload: Workload, device: torch.device, clock: Clock) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        device: torch.device,
+        clock: Clock,
+        shard: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    ) -> None:
+        """`shard`: what of some tensors this process has, where several share the workload."""
         generator = torch.Generator(device).manual_seed(0)
         self.clock = clock
         start = [
             torch.randn(shape, generator=generator, device=device) for shape in workload.shapes
         ]
+        if shard is not None:
+            start = shard(start)
         self._weights = {torch.float32: Weights(start, torch.float32)}
         self._state: dict[tuple[int, str, torch.dtype], Tensor] = {}
 
@@ -255,7 +303,7 @@ class Arena:
 
     def check(self) -> None:
         for weights in self._weights.values():
-            if not all(p.isfinite().all() for p in weights.params):
+            if not all(layouts.local(p).isfinite().all() for p in weights.params):
                 raise RuntimeError("the weights are no longer finite: these timings mean nothing")
 
     def _of_type(self, dtype: torch.dtype) -> Weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from bench.results import Results, Row
@@ -22,9 +23,12 @@ LARGE = ("32M", "gpt2", "resnet50")
 LARGE_ON_GPU = ("1G", "10x16M", "200x1M", "gpt2", "resnet50", "llama3-8b")
 WHOLE = ("32M-whole", "gpt2-whole", "resnet50-whole")
 ONE_THREAD = ("32M-1-thread", "half-gpt2-1-thread")
+SMALL_SHARDED, LARGE_SHARDED = ("300x256-sharded",), ("38M-sharded",)
 WHOLE_ON_GPU = ("1G-whole", "gpt2-whole", "resnet50-whole")
 ADAMW, SWD, SPD = "wdkernels AdamW", "wdkernels AdamSWD", "wdkernels AdamSPD"
+FUSED = "torch fused AdamW"
 SCHEDULED = f"{ADAMW}, scheduled"
+CLIP, PLAIN = f"{ADAMW} clip", f"{ADAMW} plain"
 BF16, ALL, MEASURED = f"{ADAMW} bf16", f"{ADAMW} all", f"{ADAMW} all, measured"
 
 
@@ -37,9 +41,15 @@ class Target(NamedTuple):
     over: str | None  # None: the time itself, in milliseconds
     per_byte: bool = False
     wall: bool = False  # on a GPU: by the host's clock instead of the device's own
+    per_parameter: bool = False  # how much more the host needs than the other, in microseconds
+    collectives: bool = False  # their number, not a time
 
     @property
     def unit(self) -> str:
+        if self.collectives:
+            return ""
+        if self.per_parameter:
+            return " µs"
         return "×" if self.over else " ms"
 
     def measured(self, results: Results, workload: str) -> float | None:
@@ -57,14 +67,70 @@ class Target(NamedTuple):
         return figure >= self.bound if self.sign == "≥" else figure <= self.bound
 
     def _figure(self, row: Row, over: Row | None) -> float:
+        if self.collectives:
+            return math.nan if row.collectives is None else row.collectives
         if over is None:
             return row.ms(self.wall)
+        if self.per_parameter:
+            return row.us_each - over.us_each
         return over.rate_over(row) if self.per_byte else row.time_over(over, self.wall)
 
 
 def targets(results: Results) -> tuple[Target, ...]:
     return ON_GPU if results.on_gpu else ON_CPU
 
+
+SHARDED = (
+    Target(
+        "AdamW, sharded: speed over torch fused", "≥", 10, SMALL_SHARDED, FUSED, ADAMW, wall=True
+    ),
+    Target(
+        "AdamW, sharded: speed over torch fused", "≥", 1, LARGE_SHARDED, FUSED, ADAMW, wall=True
+    ),
+    Target(
+        "AdamW, sharded: a parameter's time over a plain one's",
+        "≤",
+        1.5,
+        SMALL_SHARDED,
+        ADAMW,
+        PLAIN,
+        per_parameter=True,
+    ),
+    Target("AdamSWD, sharded: time over AdamW", "≤", 1.35, LARGE_SHARDED, SWD, ADAMW),
+    Target(
+        "AdamSPD, sharded, rests: time over AdamW", "≤", 1.5, LARGE_SHARDED, f"{SPD} rests", ADAMW
+    ),
+    Target(
+        "AdamSPD, sharded, fires: time over AdamW", "≤", 1.5, LARGE_SHARDED, f"{SPD} fires", ADAMW
+    ),
+    Target(
+        "AdamW, sharded: collectives in a step",
+        "≤",
+        0,
+        (*SMALL_SHARDED, *LARGE_SHARDED),
+        ADAMW,
+        None,
+        collectives=True,
+    ),
+    Target(
+        "AdamSWD, AdamSPD or clipping, sharded: collectives in a step",
+        "≤",
+        1,
+        (*SMALL_SHARDED, *LARGE_SHARDED),
+        (SWD, f"{SPD} rests", f"{SPD} fires", CLIP),
+        None,
+        collectives=True,
+    ),
+    Target(
+        "AdamW all, measured, sharded: collectives in a step",
+        "≤",
+        2,
+        (*SMALL_SHARDED, *LARGE_SHARDED),
+        MEASURED,
+        None,
+        collectives=True,
+    ),
+)
 
 ON_CPU = (
     Target("AdamW: speed over torch fused", "≥", 1, LARGE, "torch fused AdamW", ADAMW),
@@ -127,6 +193,14 @@ ON_CPU = (
         f"{SPD} fires",
     ),
     Target("AdamW bf16: time over float32", "≤", 1, WHOLE, BF16, ADAMW),
+    Target(
+        "AdamW bf16, float32 masters: speed over DeepSpeedCPUAdam",
+        "≥",
+        1,
+        WHOLE,
+        "DeepSpeed AdamW bf16 master_weights",
+        f"{BF16} master_weights",
+    ),
     Target("AdamW bf16: speed over DeepSpeedCPUAdam", "≥", 3, WHOLE, "DeepSpeed AdamW bf16", BF16),
     Target("AdamW all: time over AdamW", "≤", 1.5, WHOLE, ALL, ADAMW),
     Target("AdamW all: speed over separate passes", "≥", 1.6, WHOLE, "separate AdamW all", ALL),
@@ -139,10 +213,10 @@ ON_CPU = (
         "separate AdamW all, measured",
         MEASURED,
     ),
+    *SHARDED,
 )
 
 TRITON = "wdkernels triton"
-FUSED = "torch fused AdamW"
 
 ON_GPU = (
     Target(
@@ -197,4 +271,5 @@ ON_GPU = (
         "separate AdamW all, measured",
         MEASURED,
     ),
+    *SHARDED,
 )

@@ -123,7 +123,7 @@ def _results(params: list[torch.Tensor], optimizer: Any) -> list[torch.Tensor]:
 
 
 def _norms(optimizer: Any) -> list[torch.Tensor]:
-    """Of weights and of gradients, before the last measured step."""
+    """The weights and the gradients before the last measured step."""
     if isinstance(optimizer, separate.AdamW):
         return list(optimizer.norms)
     if getattr(optimizer, "telemetry_every", None) is None:

@@ -14,6 +14,7 @@ DECAYS = "decays"  # AdamW by everybody, and every decay
 WHOLE = "whole step"  # 16-bit storage, clipping, averages, telemetry
 MANY = "many tensors"  # beside the decays: a learning rate that changes in each step
 ONE_THREAD = "one thread"  # AdamW by everybody, in a process of its own
+SHARDED = "sharded"  # by FSDP2 over processes: see distributed.py
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,28 @@ def _whole(workload: Workload, seconds: float) -> Workload:
     )
 
 
+def _transformer(layers: int, width: int, vocabulary: int) -> Iterator[Shape]:
+    """Embeddings, and layers with twelve parameters each, as nn.TransformerEncoderLayer has."""
+    norm: tuple[Shape, ...] = ((width,), (width,))
+    yield (vocabulary, width)
+    for _ in range(layers):
+        yield from ((3 * width, width), (3 * width,), (width, width), (width,))
+        yield from ((4 * width, width), (4 * width,), (width, 4 * width), (width,), *norm, *norm)
+
+
+def sharded(name: str, title: str, shapes: Iterable[Shape], rounds: int) -> Workload:
+    """A number of rounds, not of seconds: all processes must come to the same end."""
+    return Workload(
+        f"{name}-sharded",
+        f"{title}, {SHARDED}",
+        tuple(shapes),
+        seconds=0,
+        rounds=rounds,
+        untimed=1,
+        parts=(SHARDED,),
+    )
+
+
 def _on_one_thread(name: str, title: str, shapes: Iterable[Shape]) -> Workload:
     title = f"{title}, {ONE_THREAD}"
     return Workload(f"{name}-1-thread", title, tuple(shapes), seconds=20, parts=(ONE_THREAD,))
@@ -118,6 +141,11 @@ def _on_one_thread(name: str, title: str, shapes: Iterable[Shape]) -> Workload:
 _LARGE = Workload("32M", "one tensor of 32M", ((1 << 25,),), seconds=50)
 _GPT2 = Workload("gpt2", "GPT-2 124M", tuple(_gpt2()), seconds=100)
 _RESNET50 = Workload("resnet50", "ResNet-50", tuple(_resnet50()), seconds=50)
+
+_SHARDED = (
+    sharded("300x256", "300 × 256", ((256,),) * 300, rounds=30),
+    sharded("38M", "a transformer of 38M", _transformer(6, 512, 37120), rounds=15),
+)
 
 FULL: tuple[Workload, ...] = (
     *(_LARGE, _GPT2, _RESNET50),
@@ -128,6 +156,7 @@ FULL: tuple[Workload, ...] = (
     _many(1000, 256, groups=(1, 10, 100)),
     _on_one_thread("32M", _LARGE.title, _LARGE.shapes),
     _on_one_thread("half-gpt2", "half of GPT-2", _gpt2(layers=6, vocabulary=25128)),
+    *_SHARDED,
 )
 
 MI = 1 << 20
@@ -148,6 +177,7 @@ def on_gpu(memory: int) -> tuple[Workload, ...]:
         _whole(resnet50, 5),
         Workload("200x1M", "200 × 1M", ((MI,),) * 200, seconds=8),
         Workload("10x16M", "10 × 16M", ((16 * MI,),) * 10, seconds=8),
+        *_SHARDED,
         *_llama(memory),
     )
 
@@ -158,4 +188,5 @@ QUICK: tuple[Workload, ...] = (
     _SMALL,
     _whole(_SMALL, 2),
     replace(_many(100, 256, groups=(1, 10)), seconds=2, rounds=4),
+    sharded("100x256", "100 × 256", ((256,),) * 100, rounds=4),
 )

@@ -53,28 +53,28 @@ void pull_tile(const Tile<T>& s, T shrink) {
 // ---- sums over elements ------------------------------------------------------------------------
 
 // Sums of the columns [first, last) of sums.h, in `width` accumulators each; term(i, terms) gives what
-// element i adds to those before `end`, in T, and may write element i of its streams, which do not
-// overlap. Runs of kRun terms are added in T before they are added in double: for float that halves the
-// cost, and a run's rounding is no larger than that of its terms.
+// element i adds to them, in T, and may write element i of its streams, which do not overlap. Runs of
+// kRun terms are added in T before they are added in double: for float that halves the cost, and a run's
+// rounding is no larger than that of its terms.
 template <class T, int first, int last, int width = kLanes>
 struct Sums {
   double lanes[last - first][width] = {};
 
-  template <int end = last, class Term>
+  template <class Term>
   WDK_INLINE void add(int64_t n, const Term& term) {
     int64_t i = 0;
-    for (; i + kRun * width <= n; i += kRun * width) add_run<kRun, end>(i, term);
-    for (; i + width <= n; i += width) add_run<1, end>(i, term);
+    for (; i + kRun * width <= n; i += kRun * width) add_run<kRun>(i, term);
+    for (; i + width <= n; i += width) add_run<1>(i, term);
     for (int lane = 0; i < n; ++i, ++lane) {
       T terms[kSums];
       term(i, terms);
-      for (int k = first; k < end; ++k) lanes[k - first][lane] += double(terms[k]);
+      for (int k = first; k < last; ++k) lanes[k - first][lane] += double(terms[k]);
     }
   }
 
-  template <int size, int end = last, class Term>
+  template <int size, class Term>
   WDK_INLINE void add_run(int64_t begin, const Term& term) {
-    constexpr int count = end - first;
+    constexpr int count = last - first;
     T run[count][width] = {};
     for (int64_t i = begin; i < begin + size * width; i += width)
 #pragma GCC ivdep
@@ -102,10 +102,13 @@ using MaximumSums = Sums<double, kMaximum, kMaximum + 1>;
 template <class T>
 using ProjectionSums = Sums<T, kFirstProjected, kLastProjected>;
 
-// Telemetry's six sums, and the projection's three behind them where there is one. In half as many
-// accumulators: more would not stay in registers.
+// Telemetry's six sums, in half as many accumulators: more would not stay in registers. With the
+// projection's behind them they have as many as those have alone, so that a measured step decides as any
+// other one does.
 template <class T>
-using MeasuringSums = Sums<T, kFirstMeasured, kLastProjected, kLanes / 2>;
+using MeasuringSums = Sums<T, kFirstMeasured, kLastMeasured, kLanes / 2>;
+template <class T>
+using ProjectedMeasuringSums = Sums<T, kFirstMeasured, kLastProjected>;
 
 // From four places at once: along one run of addresses alone, fewer reads are in flight than memory
 // can serve, which costs a third of its speed.
@@ -151,8 +154,8 @@ void step_and_sum(ProjectionSums<T>& sums, const Tile<T>& s, const Coefficients<
 
 // The step, and what it adds to telemetry's sums. There is an anchor: the few steps that are
 // measured may read zeros.
-template <Decay decay, bool amsgrad, bool cautious, class T>
-void step_and_measure(MeasuringSums<T>& sums, const Tile<T>& s, const Coefficients<T>& c) {
+template <Decay decay, bool amsgrad, bool cautious, class S, class T>
+void step_and_measure(S& sums, const Tile<T>& s, const Coefficients<T>& c) {
   static constexpr Variant is{decay, true, amsgrad, cautious};
   constexpr bool projected = decay == Decay::projection;
   const auto term = [w = s.w, g = s.g, m = s.m, v = s.v, vmax = s.vmax, a = s.a, c](
@@ -167,7 +170,7 @@ void step_and_measure(MeasuringSums<T>& sums, const Tile<T>& s, const Coefficien
     measured_terms(terms, before, x, c, is);
     if (projected) projection_terms(terms, before, c.scale * x.g, x.a, x.w, is);
   };
-  sums.template add<projected ? kLastProjected : kLastMeasured>(s.n, term);
+  sums.add(s.n, term);
 }
 
 // ---- one chunk ---------------------------------------------------------------------------------
@@ -236,8 +239,8 @@ void measure_tile(MeasuringSums<T>& sums, const Tile<T>& s, const Coefficients<T
         return with(is.cautious, [&](auto cautious) {
           step_and_measure<Decay::decoupled, has_max, decltype(cautious)::on>(sums, s, c);
         });
-      case Decay::projection:
-        return step_and_measure<Decay::projection, has_max, false>(sums, s, c);
+      case Decay::projection:  // takes more sums
+        break;
     }
   });
 }
@@ -268,9 +271,18 @@ void update_chunk(const CpuWork& work, int64_t index) {
       });
     };
     if (work.measured) {
-      MeasuringSums<T> sums;
-      for_each([&] { measure_tile(sums, tile, c, is); });
-      sums.write(work.chunk_sums[index]);
+      if (projected) {
+        ProjectedMeasuringSums<T> sums;
+        with(is.amsgrad, [&](auto amsgrad) {
+          constexpr bool has_max = decltype(amsgrad)::on;
+          for_each([&] { step_and_measure<Decay::projection, has_max, false>(sums, tile, c); });
+        });
+        sums.write(work.chunk_sums[index]);
+      } else {
+        MeasuringSums<T> sums;
+        for_each([&] { measure_tile(sums, tile, c, is); });
+        sums.write(work.chunk_sums[index]);
+      }
       if (work.squares_left) square_chunk(work, index);  // the gradients are still in the cache
     } else if (projected) {
       ProjectionSums<T> sums;

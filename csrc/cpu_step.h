@@ -26,14 +26,14 @@ class CpuStep : public Step {
   void add_up_all(int first, int last);
   void write_telemetry() const;
 
-  // Of the list of tensors.
+  // These last as long as the list of tensors.
   bool parallel_ = false;
   std::vector<Chunk> chunks_;
   std::vector<int32_t> first_chunks_;
   std::vector<Item> items_;
   std::vector<Batch> batches_;
 
-  // Of a step.
+  // These are a step's.
   std::optional<StepInput> input_;
   CpuWork work_{};
   Decision decision_;

@@ -34,14 +34,14 @@ __device__ Coefficients<T> coefficients_of(const GpuWork& work, const Row& row) 
   return c;
 }
 
-// By one thread, for all.
+// One thread tells it to all others, and to who has asked.
 __device__ void announce(const GpuWork& work, const Request& request, const Decision& decision) {
   if (work.decision) *work.decision = decision;
   if (request.grad_norm) *request.grad_norm = decision.grad_norm;
   if (decision.skip) ++*request.skipped;
 }
 
-// The next step of a row, if it is counted here; of one that is not skipped.
+// Counts the next step of a row, if it is counted here, and finds its numbers.
 __device__ void count(Row& row) {
   if (!row.step.data) return;
   row.t = row.step.get() + 1;
@@ -58,15 +58,17 @@ __device__ double part_of_v(const GpuWork& work, int index, double scale) {
   const Tensor& tensor = work.tensors[index];
   const StepNumbers& numbers = work.rows[tensor.row].numbers;
   const double* sums = work.sums[index];
-  double sum = sums[kMaximum];
+  double sum;
   if (tensor.v_sum)
     sum = *tensor.v_sum = kept_sum(*tensor.v_sum, tensor.total, sums[kGradient2], scale,
                                    numbers.coefficients.one_minus_beta2);
+  else
+    sum = sums[kMaximum];
   return sum / numbers.bias_correction2;
 }
 
-// What becomes of the table of sums: by one block, or by several that count rows if nothing has been
-// summed.
+// Decides, from the table of sums, and counts the rows. One block does it; or several, which share the
+// rows, where no sum is needed.
 __device__ void conclude(const GpuWork& work, const Request& request, Round round, int block,
                          int blocks) {
   __shared__ Decision decision;
@@ -310,14 +312,14 @@ __device__ void pull_chunk(const GpuWork& work, const Chunk& chunk, double shrin
   });
 }
 
-// By one thread, from a tensor's row of sums.
+// One thread finds it from a tensor's row of sums.
 __device__ double shrink_of(const GpuWork& work, int tensor, const double* sums) {
   const Row& row = work.rows[work.tensors[tensor].row];
   return row.numbers.coefficients.decay * projection_ratio(sums);
 }
 
-// The decision over a tensor all of whose chunks have been updated: by the block that is the last to
-// have done so.
+// Decides over a tensor all of whose chunks have been updated. The block that was the last to update
+// one does it.
 __device__ void select(const GpuWork& work, int tensor, Span span) {
   double sums[kSums];
   sum_over_rows<kProjectedColumns>(sums, work.chunk_sums + span.first, span.count);
@@ -378,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, measured ? 3 : 4)
 
 // ---- telemetry ---------------------------------------------------------------------------------
 
-// A tensor's row of the table, by a block.
+// A block writes the row of one tensor.
 __global__ void __launch_bounds__(kThreads)
     tell_kernel(const GpuWork work, const bool add_up, double* rows) {
   if (skipped(work)) return;

@@ -98,12 +98,12 @@ class Plan {
 
   struct Parameter {
     py::object object;
-    bool wraps;  // a DTensor
+    bool wraps = false;  // a DTensor
     py::object weight_object;
     Layout layout, weight;  // of the parameter, and of what the loops write
     py::object state;
     std::vector<Entry> entries;
-    int32_t group;
+    int32_t group = 0;
     Tensor tensor{};  // its streams, all but the gradient
     Number step;
     py::object known_spec;  // of a DTensor's gradient, the last one that was found equal to its own
@@ -135,7 +135,8 @@ class Plan {
   std::vector<Row> rows_;
   std::unique_ptr<Step> loops_;
 
-  // Of the step that is running: in another thread, which has released the GIL, or between phases.
+  // These belong to the step that is running: in another thread, which has released the GIL, or between
+  // phases.
   bool running_ = false;
   bool phased_ = false;
   std::vector<Gradient> gradients_;

@@ -88,7 +88,7 @@ bool read(PyObject* tensor, DLTensor& out) {
 bool is_lazy(PyObject* tensor, const DLTensor& view) {
   static PyObject* is_conj = PyUnicode_InternFromString("is_conj");
   static PyObject* is_neg = PyUnicode_InternFromString("is_neg");
-  // Of torch's public functions only `imag` of a conjugated tensor negates lazily, and its stride is
+  // Among torch's public functions only `imag` of a conjugated tensor negates lazily, and its stride is
   // 2: among tensors of one element alone can it be taken for a dense one.
   if (view.dtype.code == dl::kComplex) return calls_true(tensor, is_conj);
   return numel(view) == 1 && calls_true(tensor, is_neg);

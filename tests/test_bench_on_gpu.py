@@ -16,12 +16,12 @@ import torch
 from rich.console import Console
 from support import needs_native
 
-from bench import chart, deepspeed, limit, machine, report, runner, targets
+from bench import chart, deepspeed, distributed, limit, machine, report, runner, targets
 from bench.clock import Clock
 from bench.contenders import ADAM, Contender, contenders, next_lr
 from bench.results import Absence, Results, Row
-from bench.runner import OUT_OF_MEMORY, Case, cases_of, measure, row_of
-from bench.workloads import FULL, ONE_THREAD, Workload, llama_layers, on_gpu
+from bench.runner import OUT_OF_MEMORY, Case, Record, cases_of, measure, row_of
+from bench.workloads import FULL, ONE_THREAD, SHARDED, Workload, llama_layers, on_gpu, sharded
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -110,7 +110,10 @@ def test_every_workload_has_what_its_ratios_and_targets_are_taken_of(device: tor
     for workload in FULL if on_cpu else on_gpu(1 << 50):
         cases = cases_of(workload, device)
         names = {str(case).partition(": ")[2] for case in cases}
-        assert {"memory limit", "wdkernels AdamW", "torch fused AdamW"} <= names
+        compared = {"wdkernels AdamW", "torch fused AdamW"}
+        if SHARDED not in workload.parts:  # there the limit would be that of two processes
+            compared.add("memory limit")
+        assert compared <= names
         missing = asked.pop(workload.name, set()) - names
         assert all(name.startswith("DeepSpeed") for name in missing), missing
     assert not asked
@@ -190,6 +193,61 @@ def test_one_clock_where_there_is_no_gpu() -> None:
     (record,) = measured(named("torch fused AdamW"), Clock()).values()
     assert list(record.seconds) == [0, 1, 2]
     assert not record.kernel_seconds
+
+
+@pytest.mark.skipif(not distributed.is_possible(CPU), reason="this torch has no processes")
+def test_processes_share_a_workload(capfd: pytest.CaptureFixture[str]) -> None:
+    """Two of them, each with its own shards; no timings."""
+    workload = sharded("small", "small", ((40, 30), (7,), (1,)), rounds=2)
+    found = runner.run([workload], CPU, Console(quiet=True))
+    assert not found.absent, capfd.readouterr().err
+    rows = {row.name: row for row in found.rows}
+    assert all([*row.seconds] == [0, 1] or row.maker == "torch foreach" for row in rows.values())
+    assert not any(row.kernel_seconds for row in rows.values())
+    assert all(row.parameters == 3 for row in rows.values())
+    counted = {name.partition(" ")[2]: row.collectives for name, row in rows.items()}
+    assert counted == {
+        "AdamW": 0,
+        "AdamW plain": 0,
+        "AdamSWD": 1,
+        "AdamW clip": 1,
+        "AdamSPD fires": 1,
+        "AdamSPD rests": 1,
+        "AdamW all, measured": 2,
+        "fused AdamW": 0,
+        "foreach AdamW": 0,
+    }
+    page = report.to_markdown(found, "x.png")
+    assert "| µs a parameter | collectives |" in page
+    (line,) = (x for x in page.splitlines() if x.startswith("| wdkernels AdamSWD |"))
+    assert line.endswith("| 1 |")
+    (entry,) = (x for x in json.loads(report.to_json(found))["rows"] if x["method"] == "AdamSWD")
+    assert entry["collectives"] == 1
+    assert entry["us_each"] == pytest.approx(1e3 * entry["ms"] / 3, rel=1e-3)
+
+
+def test_a_step_of_processes_takes_what_the_slowest_takes() -> None:
+    first, second = Record({0: 1.0, 1: 4.0}, collectives=1), Record({0: 3.0, 1: 2.0}, collectives=1)
+    slowest = runner._slowest([first, second])
+    assert slowest.seconds == {0: 3.0, 1: 4.0}
+    assert slowest.collectives == 1
+    second.fail(ValueError("broken"))
+    assert runner._slowest([first, second]).problem == "ValueError: broken"
+
+
+def test_targets_of_sharded_steps() -> None:
+    name = "300x256-sharded"
+    ours = replace(row("wdkernels AdamW", 2, 2, name), parameters=4, collectives=0)
+    plain = replace(row("wdkernels AdamW plain", 1, 1, name), parameters=4, collectives=0)
+    plain = replace(plain, maker="wdkernels", method="AdamW plain")
+    each = next(t for t in targets.SHARDED if t.per_parameter)
+    count = next(t for t in targets.SHARDED if t.collectives)
+    run = results(ours, plain)
+    assert each.measured(run, name) == pytest.approx(1e6 * (2 - 1) / 4)
+    assert count.measured(run, name) == 0
+    assert count.met(0)
+    assert not count.met(1)
+    assert (each.unit, count.unit) == (" µs", "")
 
 
 class Failing(torch.optim.SGD):

@@ -50,7 +50,7 @@ pytestmark = [
 
 
 class Code(NamedTuple):
-    """Of one architecture."""
+    """The machine code for one architecture."""
 
     said: str  # by the assembler, of each kernel
     functions: dict[str, str]  # their disassembly, by mangled name
@@ -124,7 +124,7 @@ def test_loads_are_not_waited_for_one_by_one(
 def test_sums_over_gradients_are_read_ahead(
     architecture: str, compiled: dict[str, Future[Code]]
 ) -> None:
-    """Of each of four types in 16 bytes; and the three streams of the maxima of two."""
+    """They load each of four types in 16 bytes, and the three streams of the maxima of two."""
     (code,) = compiled[architecture].result().kernels("reduce_kernel")
     assert len(re.findall(r"LDG\.E\.128", code)) >= 4 * 4 + 2 * 3
     assert not re.findall(r"\bLD\.E\.128|STG\.E\.128", code)
@@ -145,7 +145,7 @@ def test_products_and_sums_are_not_fused(
 @pytest.mark.parametrize("kernel", ["reduce_kernel", "project_kernel"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_orders_are_kept(kernel: str, architecture: str, compiled: dict[str, Future[Code]]) -> None:
-    """Who releases something waits until what it has written can be seen, and who acquires it forgets
+    """Who releases something waits until what it has written can be seen; who acquires it forgets
     what its L1 cache holds."""
     for code in compiled[architecture].result().kernels(kernel):
         parts = r"MEMBAR|CCTL\.IVALL|ATOMG\.E\.ADD\.S32\.STRONG\.GPU|(?:ST|LD)G\.E\.STRONG\.GPU"

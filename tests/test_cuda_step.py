@@ -28,6 +28,7 @@ from support import (
     snapshot,
     train,
 )
+from support.phases import step_in_phases, take
 from torch import Tensor
 
 import wdkernels as wd
@@ -36,7 +37,6 @@ from wdkernels.device_memory import DeviceMemory
 from wdkernels.native import Plan
 from wdkernels.options import GroupOptions, from_group
 from wdkernels.plan import Numbering, Request
-from wdkernels.sums import SUMS
 from wdkernels.telemetry import COLUMNS
 
 pytestmark = [
@@ -196,7 +196,7 @@ def test_bits_of_every_storage(
 
 
 def test_anchors_of_other_types() -> None:
-    """Of all those that are no wider than what is computed in."""
+    """Anchors may be of any type that is no wider than what is computed in."""
     pairs = [(w, a) for w in (torch.float64, torch.float32, *NARROW)
              for a in (torch.float32, *NARROW) if w != a]  # fmt: skip
 
@@ -458,41 +458,6 @@ def test_launches(
 # ---- phases --------------------------------------------------------------------------------------
 
 
-def in_phases(plan: Plan, *arguments: Any) -> bool:
-    """What `Plan.step` does, phase by phase."""
-    phases = plan.begin(*arguments)
-    return phases is not None and take([phases])
-
-
-def take(shards: Sequence[Any]) -> bool:
-    """One step of plans that have shards of the same tensors."""
-    reductions = shards[0].reductions
-    for turn in range(max(reductions, 1)):
-        if turn < reductions:
-            for each in shards:
-                each.reduce(turn)
-            squares = ["gradient2"] if turn == 0 else []
-            add_up(shards, [*squares, *(["maximum"] if turn + 1 == reductions else [])])
-        for each in shards:
-            assert each.decide(turn)  # whether it is skipped, only the device knows
-    for each in shards:
-        each.update()
-    add_up(shards, SUMS[SUMS.index("weight2") :])
-    for each in shards:
-        each.finish()
-    return True
-
-
-def add_up(shards: Sequence[Any], names: Sequence[str]) -> None:
-    """As torch.distributed.all_reduce does."""
-    if len(shards) == 1:
-        return
-    columns = [SUMS.index(name) for name in names]
-    sums = torch.stack([each.sums[:, columns] for each in shards]).sum(0)
-    for each in shards:
-        each.sums[:, columns] = sums
-
-
 @pytest.mark.parametrize(("dtypes", "options"), STORAGE[::3], ids=["random", "kahan", "averaged"])
 @pytest.mark.parametrize("asked", [False, True], ids=["plain", "asked"])
 @pytest.mark.parametrize("amsgrad", [False, True])
@@ -507,7 +472,7 @@ def test_phases_have_the_bits_of_a_step(
     gpu: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of all that a step may be asked for, too."""
+    """So it is with all that a step may be asked for."""
     more: dict[str, Any] = {"max_grad_norm": 40.0, "skip_nonfinite": True, "telemetry_every": 1}
 
     def trained() -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -524,7 +489,7 @@ def test_phases_have_the_bits_of_a_step(
         return snapshot(optimizer, params), tables
 
     expected, tables = trained()
-    monkeypatch.setattr(Plan, "step", in_phases)
+    monkeypatch.setattr(Plan, "step", step_in_phases)
     actual, of_phases = trained()
     assert_same_bits(actual, expected)
     # Telemetry's g^2 is summed before the step here, 16 bytes at a time, and during the step there.

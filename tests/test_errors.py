@@ -781,10 +781,6 @@ CORRUPT: dict[str, tuple[Damage, str]] = {
         lambda saved: {**saved, "state": {**saved["state"], 7: saved["state"][2]}},
         "the state_dict holds a state for 7, which is in no group's params",
     ),
-    "an entry of NAdam": (
-        with_state(mu_product=torch.ones(())),
-        f"the state of {STATE_OF} has mu_product, which neither .* knows",
-    ),
     "bad lr": (with_group(lr=-1.0), "group 0: lr must be"),
     "bad betas": (with_group(betas=(0.9, math.nan)), r"group 0: betas\[1\] must be"),
     "bad schedule": (with_group(decay_schedule={"kind": "sine"}), "group 0: unknown kind"),
@@ -914,8 +910,8 @@ def test_a_corrupt_sum_of_swd(bad: Any, backend: str) -> None:
         (torch.optim.SGD, "group 0 of the state_dict lacks betas, eps"),
         (torch.optim.Adagrad, "group 0 of the state_dict lacks betas"),
         (torch.optim.RMSprop, "group 0 of the state_dict lacks betas"),
-        (torch.optim.Adamax, "parameter 0 of group 0 lacks exp_avg_sq .*exp_inf"),
-        (torch.optim.NAdam, "the state of parameter 0 of group 0 has mu_product"),
+        (torch.optim.Adamax, "parameter 0 of group 0 lacks exp_avg_sq .*another kind"),
+        # NAdam's is not here: it has Adam's moments, and entries beside them belong to anybody.
     ],
 )
 @every_optimizer

@@ -21,6 +21,7 @@ from support import (
     random,
     snapshot,
 )
+from support.phases import step_in_phases
 from torch import Tensor
 
 import wdkernels as wd
@@ -176,7 +177,11 @@ def whole_steps(method: str, chosen: str, device: str) -> tuple[dict[str, Tensor
         optimizer.step()
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-        measured += [optimizer._measured[1], optimizer.grad_norm, optimizer.skipped_steps.double()]
+        measured += [
+            optimizer._run.measured[1],
+            optimizer.grad_norm,
+            optimizer.skipped_steps.double(),
+        ]
         measured[-1] = measured[-1].clone()
     return snapshot(optimizer, params), measured
 
@@ -190,6 +195,18 @@ def test_the_whole_step(method: str, backend: str, never_waits: None) -> None:
     for x, y in zip(measured, of_cpu, strict=True):
         scale = y.abs().amax(0).clamp(min=1e-300)
         torch.testing.assert_close(x.cpu() / scale, y / scale, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_phases_have_the_bits_of_a_step(
+    method: str, backend: str, monkeypatch: pytest.MonkeyPatch, never_waits: None
+) -> None:
+    expected, told = whole_steps(method, backend, "cuda")
+    monkeypatch.setattr(MODULES[backend].Plan, "step", step_in_phases)
+    actual, of_phases = whole_steps(method, backend, "cuda")
+    assert_same_bits(actual, expected)
+    for x, y in zip(of_phases, told, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-14, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("method", METHODS)

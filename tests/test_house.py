@@ -156,7 +156,7 @@ def test_a_state_dict_holds_an_option_that_differs(method: str, name: str) -> No
     """And gives it to whoever loads it: those of 16-bit weights only if they agree already."""
     optimizer = build(method, name)
     checkpoint = saved(optimizer.state_dict())
-    always, default = name in options.ALWAYS_IN_GROUPS, options.OPTIONS[name].default
+    always, default = name in options.ALWAYS_IN_GROUPS, options.OPTIONS[name].default_of(method)
     for group, kept in zip(optimizer.param_groups, checkpoint["param_groups"], strict=True):
         assert (name in kept) == (always or group[name] != default)
     loaded = build(method, name)

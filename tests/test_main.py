@@ -27,7 +27,7 @@ def test_it_says_what_is_there_and_that_it_is_right():
     assert done.stderr == ""
     assert lines_with(done.stdout, "wdkernels") == [f"wdkernels  {wd.__version__}"]
     assert torch.__version__ in lines_with(done.stdout, "torch")[0]
-    best = tool.picked(wd.AdamW, torch.zeros(1))
+    best = tool.picked(torch.zeros(1))
     assert "picked by auto" in next(line for line in lines_with(done.stdout, best) if "cpu" in line)
     for optimizer in tool.OPTIMIZERS:
         (agrees, *gpus) = lines_with(done.stdout, f"{optimizer.__name__} ")

@@ -109,7 +109,7 @@ def test_a_parameter_without_a_state_needs_another_plan() -> None:
 
 @pytest.fixture
 def mesh() -> Iterator[Any]:
-    """Of this process alone."""
+    """A mesh of this process alone."""
     if not dist.is_available():
         pytest.skip("torch was built without torch.distributed")
     from torch.distributed.tensor import init_device_mesh
@@ -150,7 +150,8 @@ def test_a_gradient_that_is_sharded_in_another_way_is_redistributed(mesh: Any) -
 
     params = sharded(mesh)
     watched = Watched(params)
+    expected = params[0].grad.to_local()
     params[0].grad = params[0].grad.redistribute(mesh, [Replicate()])
     assert watched.active() == [0, 1]
-    with pytest.warns(UserWarning, match="gradient of p0 is placed as"):
-        watched.watch.gradients()
+    with pytest.warns(UserWarning, match="gradient of p0 is placed as .*redistributed"):
+        assert torch.equal(watched.watch.gradients()[0], expected)

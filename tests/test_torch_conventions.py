@@ -435,6 +435,45 @@ def test_initial_anchors_come_from_the_checkpoint() -> None:
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_replaced_before_the_first_step(
+    method: str, dtype: torch.dtype, backend: str
+) -> None:
+    """DeepSpeed's ZeRO puts float32 copies of all parameters, or of a part of them, end to end into
+    the groups. An initial anchor is the weights before the first step, whoever holds them."""
+    variant = Variant(method, {"anchor": "initial"})
+    runs = []
+    for replaced in (True, False):
+        original = [random(5, 3, seed=1, dtype=dtype), random(4, seed=2, dtype=dtype)]
+        flat = torch.cat([w.detach().flatten() for w in original]).float()
+        optimizer = variant.build(original if replaced else [flat], backend)
+        optimizer.param_groups[0]["params"] = [flat]
+        flat += 0.5  # as if a checkpoint were loaded into it
+        before = flat.clone()
+        train(optimizer, [flat], range(1))
+        assert torch.equal(optimizer.state[flat]["anchor"], before)
+        runs.append(snapshot(optimizer, [flat]))
+        train(optimizer, [flat], range(1, 4))
+        assert list(optimizer.state) == [flat]
+        runs.append(snapshot(optimizer, [flat]))
+    assert_same_bits(runs[0], runs[2])
+    assert_same_bits(runs[1], runs[3])
+
+
+@every_backend
+def test_anchors_of_parameters_that_have_been_replaced(backend: str) -> None:
+    w, flat = torch.ones(2, 2), torch.ones(4)
+    optimizer = wd.AdamW([w], lr=0.1, anchor=[torch.zeros(2, 2)], backend=backend)
+    optimizer.param_groups[0]["params"] = [flat]
+    flat.grad = torch.ones(4)
+    with pytest.raises(ValueError, match=r"^parameter 0 of group 0 has no anchor"):
+        optimizer.step()
+    assert torch.equal(flat, torch.ones(4))
+    assert not optimizer.state
+
+
+@every_backend
 @every_method
 def test_a_loaded_state_shares_no_memory(variant: Variant, backend: str) -> None:
     params = weights()
@@ -623,13 +662,16 @@ def test_a_state_dict_of_older_torch_does_not_say_which_decay_it_has() -> None:
 
 
 def test_what_torch_trained_with_last_says_which_decay_it_is() -> None:
-    """Our own options are carried along by torch, and no longer mean anything."""
+    """Our own options are carried along by torch, and no longer mean anything. What does is
+    torch's own word, by which its Adam goes on with the decay of the state dict that it loads."""
     params = weights()
-    other = torch.optim.Adam(params)
-    ours = wd.AdamW(params, weight_decay=0.1, decay_scale="relative_lr")
+    other = torch.optim.AdamW(params)
+    ours = wd.AdamSWD(params, weight_decay=0.1, decay_scale="relative_lr")
     other.load_state_dict(ours.state_dict())
     assert "decay_scale" in other.param_groups[0]
-    wd.Adam(params).load_state_dict(other.state_dict())
+    wd.AdamW(params).load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"is decoupled, Adam's is L2"):
+        wd.Adam(params).load_state_dict(other.state_dict())
 
 
 @every_backend

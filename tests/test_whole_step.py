@@ -27,6 +27,7 @@ from support import (
     every_edge,
     every_method,
     every_variant,
+    every_variant_without_average,
     internals,
     needs_native,
     random,
@@ -172,7 +173,7 @@ def test_grad_scaler_without_gradients(backend: str) -> None:
 def test_clipping_is_that_of_torch(
     variant: Variant, backend: str, max_norm: float | Tensor
 ) -> None:
-    """Of groups with other numbers, too: the norm is one for all."""
+    """So it is for groups with other numbers: the norm is one for all."""
     runs = []
     for own in (True, False):
         params = weights()
@@ -890,7 +891,7 @@ def test_telemetry_without_any_gradient(backend: str) -> None:
 
 
 @every_backend
-@every_variant
+@every_variant_without_average
 def test_all_together_is_what_each_does_alone(variant: Variant, backend: str) -> None:
     """Unscaled, clipped, skipped and averaged by hand, in float64."""
     params, plain = weights(), weights()
@@ -921,7 +922,7 @@ def test_all_together_is_what_each_does_alone(variant: Variant, backend: str) ->
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @every_backend
-@every_variant
+@every_variant_without_average
 def test_all_together_in_16_bits(variant: Variant, backend: str, dtype: torch.dtype) -> None:
     """With master weights, and resumed: the bits of float32 with the same gradients."""
     narrow = weights(dtype)

@@ -1,16 +1,20 @@
 """State dicts: what one holds of an optimizer, and how one is merged, checked and copied into it.
 
 A state dict is torch.optim's, both ways. A group holds plain data: the options of torch.optim.Adam,
-those of ours that differ from their defaults, and the `method` of the optimizer it is of. One that
-torch.optim wrote says how torch does it (`foreach`, `fused`); it may carry entries of ours along,
-but has not kept them up.
+those of ours that differ from their defaults, and of which optimizer it is: whether its decay is
+decoupled, as torch's says it, and where that is not all, the `method`. So a loader that asks for
+what one of Adam or AdamW holds, as torch.distributed.checkpoint does, finds all of it in what
+torch.optim wrote. That also says how torch does it (`foreach`, `fused`); it may carry entries of
+ours along, but has not kept them up.
+
+Entries that are not ours are copied as they are.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +31,7 @@ from wdkernels.options import (
 
 _METHOD = "method"  # of the optimizer that saved a group
 _KIND = "decoupled_weight_decay"  # of one of torch.optim
+_DECOUPLED = {"l2": False, "decoupled": True}  # methods of which that is all there is to say
 _FOREIGN = (*TORCH_CHOICES, _METHOD, _KIND)  # which a group in use has not
 _NO_STATE_DICT = (
     "this is not the state_dict of an optimizer, which holds 'state' and 'param_groups'"
@@ -39,6 +44,8 @@ def saved_group(group: Mapping[str, Any], method: str) -> dict[str, Any]:
     for key, value in kept.items():
         if isinstance(value, torch.dtype):  # which not every tool can save
             kept[key] = str(value).removeprefix("torch.")
+    if method in _DECOUPLED:
+        return {**kept, _KIND: _DECOUPLED[method]}
     return {**kept, _METHOD: method}
 
 
@@ -47,8 +54,12 @@ class Loaded(NamedTuple):
 
     groups: list[Group]
     options: list[GroupOptions]
-    states: dict[Tensor, state.State]
+    states: dict[Any, Any]  # by parameter, and what others keep by keys of their own
     made: list[tuple[Tensor, list[str], GroupOptions]]  # entries that were not saved, or not in use
+
+
+# A parameter, the entries of its state that are needed and those of others, and its options.
+_Work: TypeAlias = "tuple[Tensor, state.State, state.State, GroupOptions]"
 
 
 class Target(NamedTuple):
@@ -60,6 +71,7 @@ class Target(NamedTuple):
     states: Mapping[Tensor, state.State]
     given: Mapping[Tensor, Tensor]  # anchors that are not in a state yet
     read: Callable[[Mapping[str, Any], int], GroupOptions]
+    reducer: shards.Reducer | None
 
 
 def check_form(state_dict: Any) -> None:
@@ -68,10 +80,37 @@ def check_form(state_dict: Any) -> None:
 
 
 def merged(target: Target, state_dict: dict[str, Any]) -> Loaded:
-    """What the target becomes; ValueError, with nothing changed, if the state dict does not fit."""
+    """What the target becomes; ValueError, with nothing changed, if the state dict does not fit.
+
+    Where parameters are sharded, it fits in all processes or is refused in all: to bring a tensor
+    into other placements each of them is needed.
+    """
+    error = None
+    try:
+        loaded, work = _checked(target, state_dict)
+    except Exception as raised:
+        error = raised
+    if target.reducer is not None:
+        target.reducer.together(error)
+    if error is not None:
+        raise error
+    for p, own, others, options in work:
+        if own:
+            loaded.states[p] = _copied(p, own, options)
+            made = state.complete(p, loaded.states[p], options, target.given.get(p))
+            loaded.made.append((p, made, options))
+            if own.get("step", 1) == 0:  # what it has are copies, too
+                made += [name for name in loaded.states[p] if name not in made]
+        if others:
+            loaded.states.setdefault(p, {}).update(_carried(p, others))
+    return loaded
+
+
+def _checked(target: Target, state_dict: dict[str, Any]) -> tuple[Loaded, list[_Work]]:
+    """The groups, and what is to be copied."""
     groups, states = _parts(state_dict, target)
     loaded = Loaded([], [], {}, [])
-    work = []
+    work: list[_Work] = []
     for i, (saved, group) in enumerate(zip(groups, target.groups, strict=True)):
         new = _merged_group(saved, group, target.method)
         options = target.read(new, i)
@@ -81,25 +120,21 @@ def merged(target: Target, state_dict: dict[str, Any]) -> Loaded:
         loaded.groups.append(new)
         loaded.options.append(options)
         for k, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
-            own = _own_state(p, states.get(key, {}), saved, options, target)
             name = checks.name_of(group, i, k)
+            found = states.pop(key, {})
+            state.check_is_state(found, name)
+            own, others = _parted(p, found, saved, options)
+            if state.BY_NAME["anchor"].needed(p, options) and "anchor" in target.states.get(p, {}):
+                own.setdefault("anchor", target.states[p]["anchor"])
             state.check_saved(p, own, name)
+            shards.check_loadable(p, own, name)
             if _of_ours(saved):
-                state.check_companions(p, own, options, name)
+                state.check_companions(p, found, options, name)
             if options.anchor == "given" and "anchor" not in own and p not in target.given:
-                raise ValueError(
-                    f"{name} has no anchor: choose one at construction or in add_param_group; "
-                    "it cannot be switched on later"
-                )
-            work.append((p, own, options))
-    for p, own, options in work:  # all fits
-        if own:
-            loaded.states[p] = _copied(p, own, options)
-            made = state.complete(p, loaded.states[p], options, target.given.get(p))
-            loaded.made.append((p, made, options))
-            if own.get("step", 1) == 0:  # what it has are copies, too
-                made += [name for name in loaded.states[p] if name not in made]
-    return loaded
+                raise ValueError(state.no_anchor(name))
+            work.append((p, own, others, options))
+    loaded.states.update(states)  # what others keep by keys of their own, as it is
+    return loaded, work
 
 
 def _parts(state_dict: dict[str, Any], target: Target) -> tuple[list[Any], dict[Any, Any]]:
@@ -126,12 +161,17 @@ def _parts(state_dict: dict[str, Any], target: Target) -> tuple[list[Any], dict[
                 "another kind of optimizer or is damaged"
             )
     known = {key for saved in groups for key in saved["params"]}
-    if strays := [repr(key) for key in states if key not in known]:
+    strays = [
+        repr(key)
+        for key, x in states.items()
+        if key not in known and (type(key) is int or state.begun(x))
+    ]
+    if strays:
         raise ValueError(
             f"the state_dict holds a state for {', '.join(strays)}, which is in no group's "
             "params: it is damaged"
         )
-    return groups, states
+    return groups, dict(states)
 
 
 def _by_torch(saved: Mapping[str, Any]) -> bool:
@@ -145,25 +185,33 @@ def _by_torch(saved: Mapping[str, Any]) -> bool:
 
 def _of_ours(saved: Mapping[str, Any]) -> bool:
     """Whether it was saved by a release of ours that knew how 16-bit weights are kept."""
-    return not _by_torch(saved) and (_METHOD in saved or "rounding" in saved)
+    return not _by_torch(saved) and (_method_of(saved) is not None or "rounding" in saved)
+
+
+def _method_of(saved: Mapping[str, Any]) -> str | None:
+    """The method of the optimizer of ours that saved a group; None of torch.optim's, or of an
+    earlier release, which saved every option instead."""
+    if _by_torch(saved) or not (_METHOD in saved or _KIND in saved):
+        return None
+    return saved.get(_METHOD) or ("decoupled" if saved[_KIND] else "l2")
 
 
 def _merged_group(saved: Mapping[str, Any], group: Mapping[str, Any], method: str) -> Group:
     """The options that are saved. One that is not has its default; or stays as it is, where who
     saved the others did not know it."""
-    saver = None if _by_torch(saved) else saved.get(_METHOD)
+    saver = _method_of(saved)
     narrow = any(p.dtype in state.NARROW for p in group["params"])
-    new = Group()
+    new = Group((), method)
     for name, row in GROUP_OPTIONS.items():
         if method in row.senseless:
             continue
         of_others = name in OF_NARROW_WEIGHTS and not narrow
         if name in saved and not of_others:
             value = saved[name]
-        elif of_others or saver in (None, *row.senseless):
+        elif of_others or saver is None or saver in row.senseless:
             value = group[name]
         else:
-            value = row.default
+            value = row.default_of(saver)
         new[name] = copy.deepcopy(value)
     if new.get("moment_dtype") is not None:
         new["moment_dtype"] = GROUP_OPTIONS["moment_dtype"].check(
@@ -177,7 +225,7 @@ def _merged_group(saved: Mapping[str, Any], group: Mapping[str, Any], method: st
         if key not in GROUP_OPTIONS and key not in (*_FOREIGN, "params")
     )
     new["params"] = group["params"]
-    return Group.of(new)
+    return Group.of(new, method)
 
 
 def _check_group(
@@ -210,8 +258,8 @@ def _check_kind_of_decay(saved: Mapping[str, Any], target: Target, index: int) -
     decoupled: bool | None = None  # nobody says
     if _by_torch(saved):
         decoupled = saved.get(_KIND)  # older torch does not say
-    elif _METHOD in saved:
-        decoupled = {"l2": False, "decoupled": True, "swd": True}.get(saved[_METHOD])
+    elif method := _method_of(saved):
+        decoupled = {**_DECOUPLED, "swd": True}.get(method)
     elif "decay_scale" in saved or "unmixed" in saved:  # earlier releases saved every option
         decoupled = "decay_scale" in saved
     where = f"weight_decay of group {index} of the state_dict"
@@ -225,25 +273,55 @@ def _check_kind_of_decay(saved: Mapping[str, Any], target: Target, index: int) -
         )
 
 
-def _own_state(
-    p: Tensor, found: Any, saved: Mapping[str, Any], options: GroupOptions, target: Target
-) -> Any:
-    """A parameter's saved state, without what torch.optim would have carried along but not kept up;
-    with the anchor that is there, if none is saved."""
-    if not isinstance(found, dict):
-        return found  # which is refused
-    own = {k: x for k, x in found.items() if not (_by_torch(saved) and k in state.KEPT_UP)}
-    if state.BY_NAME["anchor"].needed(p, options) and "anchor" in target.states.get(p, {}):
-        own.setdefault("anchor", target.states[p]["anchor"])
-    return own
+def _parted(
+    p: Tensor, found: state.State, saved: Mapping[str, Any], options: GroupOptions
+) -> tuple[state.State, state.State]:
+    """Of a parameter's saved state, what is needed, and what others keep there.
+
+    Neither has what its saver kept up where that is of no more use; nor what should have been kept
+    up and was not, as by torch.optim, which carries everything along.
+    """
+    # torch's loader of flat state dicts puts {} where there is nothing.
+    found = {key: x for key, x in found.items() if key not in state.BY_NAME or x != {}}
+    own = state.own_part(p, found, options)
+    others = {key: x for key, x in found.items() if key not in own}
+    for key in state.KEPT_UP:
+        kept = _kept_up(key, saved)
+        if kept is not True:
+            own.pop(key, None)
+        if kept is not False:
+            others.pop(key, None)
+    return own, others
+
+
+def _kept_up(key: str, saved: Mapping[str, Any]) -> bool | None:
+    """Whether the entry is its saver's and as it should be; None if it is, but out of date."""
+    of_sum = not saved.get("amsgrad") and _method_of(saved) in (None, "swd")
+    chosen = {
+        "ema": saved.get("ema_decay") is not None,
+        "master": bool(saved.get("master_weights")),
+        "compensation": saved.get("rounding") == "kahan",
+        "exp_avg_sq_sum": of_sum,
+    }[key]
+    return None if chosen and _by_torch(saved) else chosen
+
+
+def _carried(p: Tensor, x: Any) -> Any:
+    """A copy on p's device."""
+    if isinstance(x, Tensor):
+        return x.detach().clone() if x.is_meta else x.detach().to(p.device, copy=True)
+    if isinstance(x, dict):
+        return {key: _carried(p, value) for key, value in x.items()}
+    if type(x) in (list, tuple):
+        return type(x)(_carried(p, value) for value in x)
+    return copy.deepcopy(x)
 
 
 def _copied(p: Tensor, own: Mapping[str, Any], options: GroupOptions) -> state.State:
     """Copies of the entries that count; torch would cast, and keep the caller's tensors."""
     copied: state.State = {}
     for entry in state.ENTRIES:
-        # What steps keep up is only of use to who goes on with it.
-        if entry.name not in own or (entry.kept_up and not entry.needed(p, options)):
+        if entry.name not in own:
             continue
         x = own[entry.name]
         if entry.name == "step":

@@ -28,10 +28,11 @@ def factors(schedule: schedules.Schedule | None) -> tuple[ScheduleFactor, Schedu
 
 
 def _plain(schedule: schedules.Schedule) -> ScheduleFactor:
+    start: float = schedule["offset"] if "offset" in schedule else schedule.get("start", 1.0)
     end = schedule.get("stop", schedule.get("end", 1.0))
     return ScheduleFactor(
         kind=schedule["kind"],
-        start=schedule.get("offset", schedule.get("start", 1.0)),
+        start=start,
         end=math.inf if end is None else end,
         steps=schedule.get("steps", 1),
     )
@@ -89,8 +90,8 @@ def decay_scale(o: GroupOptions) -> float:
     """What multiplies lambda_t in a decoupled decay."""
     if o.decay_scale == "independent":
         return 1.0
-    relative = o.lr if o.decay_scale == "lr" else o.lr / o.lr_max
-    return o.lr * relative if o.decay_scale == "corrected" else relative
+    relative: float = o.lr if o.decay_scale == "lr" else o.lr / o.lr_max
+    return float(o.lr) * relative if o.decay_scale == "corrected" else relative
 
 
 def coefficients(o: GroupOptions, t: float) -> Coefficients:

@@ -16,7 +16,7 @@ class DeviceMemory:
         self._spare: Tensor | None = None
 
     def send(self, table: memoryview, capturing: bool) -> Tensor:
-        """The bytes, copied to the device asynchronously.
+        """Returns a copy of the bytes on the device, which is made asynchronously.
 
         torch does not give the pinned memory in between out again before the copy is done. A graph
         repeats the copy, from pinned memory that is then kept; it has been set aside by `reserve`,
@@ -42,11 +42,11 @@ class DeviceMemory:
             self._spare = self._pinned(size)
 
     def empty(self, size: int) -> Tensor:
-        """So many bytes of the device, as they are."""
+        """Returns so many bytes of the device, as they are."""
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def keep(self, *tensors: Tensor) -> None:
-        """For the life of the process: nobody says when a graph is replayed for the last time."""
+        """Keeps them for the life of the process: nobody says when a graph is replayed last."""
         _kept.append(tensors)
 
     def _pinned(self, size: int) -> Tensor:

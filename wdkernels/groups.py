@@ -29,6 +29,11 @@ def parameters(groups: Groups) -> Iterator[tuple[int, int, dict[str, Any], Tenso
             yield i, k, group, p
 
 
+def first_device(groups: Groups) -> torch.device:
+    """Where the numbers of a whole step are: on the first parameter's device."""
+    return next((p.device for *_, p in parameters(groups)), torch.device("cpu"))
+
+
 def elements(p: Tensor) -> int:
     """How many real numbers p has."""
     return p.numel() * (2 if p.is_complex() else 1)
@@ -213,13 +218,14 @@ def check(
     tensors, names = [], []
     for i, k, group, p in parameters(groups):
         own = states.get(p, {})
-        if not (learns(p) or own):
+        if not (learns(p) or state.begun(own)):
             continue
         name = checks.name_of(group, i, k)
         checks.check_parameter(p, name)
         checks.check_gradient(p, name)
         shards.check_gradient(p, name)
         state.check_in_use(p, own, options[i], name, p.grad is not None, p in given)
+        own = state.own_part(p, own, options[i])
         for what, x in ((name, p), *state.written(own, name)):
             if layouts.has_memory(here := layouts.local(x)):
                 tensors.append(here)
@@ -240,7 +246,8 @@ def as_parameters(
     """All parameters as a backend sees them; their states are complete or not there."""
     found = []
     for position, (i, k, group, p) in enumerate(parameters(groups)):
-        own = states.get(p) or None
+        own = states.get(p, {})
+        own = own if state.begun(own) else None
         random = _rounds_randomly(p, options[i])
         found.append(
             Parameter(

@@ -21,18 +21,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from operator import is_
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from wdkernels import backends, checkpoint, checks, groups, layouts, reference, shards, state
+from wdkernels import averages, checkpoint, groups, shards, state, steps
 from wdkernels.options import (
     GROUP_OPTIONS,
     OPTIMIZER_OPTIONS,
@@ -49,41 +47,11 @@ from wdkernels.options import (
     refuse_differentiable,
     refuse_unknown,
 )
-from wdkernels.plan import Phases, Plan, Request
+from wdkernels.plan import Request
 from wdkernels.telemetry import COLUMNS, Telemetry
 
 _NOTHING = Request()
-_CHANGED = "tensors changed while the step was being prepared"
 _OF_A_STEP = ("max_grad_norm", "skip_nonfinite", "telemetry_every")
-
-
-@dataclass
-class _Run:
-    """What the steps so far have left behind. Wrappers that copy an optimizer's attributes, such as
-    Lightning's, share it."""
-
-    calls: int = 0
-    begun: bool = False  # a step that was not only looked at, whether it went on or not
-    scaled: bool = False  # a GradScaler has been seen
-    checked: tuple[Any, ...] = (None, False, None)  # options of the optimizer, when looked at
-    skipped: Tensor | None = None
-    grad_norm: Tensor | None = None
-    # How many-th call it was, its table, and the parameters with their names.
-    measured: tuple[int, Tensor, list[tuple[str, Tensor]]] | None = None
-    swapped: bool = False  # weights and averages
-    given: dict[Tensor, Tensor] = field(default_factory=dict)  # anchors that are in no state yet
-    copies: list[tuple[Tensor, str]] = field(default_factory=list)  # of weights not yet moved
-
-    completed: list[GroupOptions] = field(default_factory=list)  # with which states were, by group
-
-    # Derived from the groups and the state; the next step finds it again.
-    plan: Plan | None = None
-    reducer: shards.Reducer | None = None  # where parameters are sharded
-    known: list[groups.Known] = field(default_factory=list)  # by group
-    checked_memory: list[Any] = field(default_factory=list)
-
-    def forget(self) -> None:
-        self.plan, self.known, self.checked_memory = None, [], []
 
 
 class _Adam(torch.optim.Optimizer):
@@ -122,7 +90,7 @@ class _Adam(torch.optim.Optimizer):
         self.process_group = OPTIMIZER_OPTIONS["process_group"].check(
             own["process_group"], "process_group"
         )
-        self._run = _Run()
+        self._run = steps.Run()
         self._check_options_of_a_step()
         anchor = given.get("anchor", "zero")
         if not isinstance(params, (Tensor, dict)):
@@ -148,7 +116,7 @@ class _Adam(torch.optim.Optimizer):
             param_group["params"] = list(param_group["params"])
             groups.refuse_duplicates(self.param_groups, param_group["params"])
         super().add_param_group(param_group)
-        group = Group.of(self.param_groups.pop())
+        group = Group.of(self.param_groups.pop(), self._method)
         refuse_differentiable(group.get("differentiable"))
         for key in TORCH_CHOICES:
             group.pop(key, None)
@@ -192,42 +160,13 @@ class _Adam(torch.optim.Optimizer):
                 loss = closure()
         run, request = self._run, self._request()
         run.plan = groups.read_again(self.param_groups, run.known, self._read, run.plan)
-        if run.plan is None:
-            run.reducer = self._reducer()
-        if not self.state and not run.begun and self._is_only_looked_at():
-            self._complete_states()
+        if not steps.take(self._subject(), request):
             return loss
-        run.begun = True
-        if run.copies:
-            self._renew()
-        if run.reducer is not None:
-            self._step_of_shards(run.reducer, request)
-        elif self.process_group is not None and (before := self._exchanges(request)):
-            others = self._others()
-            request = request._replace(whole=others.whole)
-            others.step(lambda: self._begin(request), before, after=False)
-        elif not (
-            (run.plan is not None and run.plan.step(self.state, self.param_groups, request))
-            or self._prepared().step(self.state, self.param_groups, request)
-        ):
-            raise RuntimeError(_CHANGED)
-        run.copies.clear()
         run.calls += 1
         run.grad_norm = request.grad_norm
         if request.telemetry is not None:
             run.measured = run.calls, request.telemetry, groups.active(self.param_groups)
         return loss
-
-    def _step_of_shards(self, reducer: shards.Reducer, request: Request) -> None:
-        after = self._method == "spd" or request.telemetry is not None
-        try:
-            reducer.step(lambda: self._begin(request), self._exchanges(request), after)
-        except BaseException:
-            for p in reducer.new_sums:  # not added up
-                self.state[p].pop("exp_avg_sq_sum", None)
-            raise
-        finally:
-            reducer.new_sums.clear()
 
     def _request(self) -> Request:
         """What is asked of this step. Its tensors are new: nobody waits for those of the last."""
@@ -270,129 +209,14 @@ class _Adam(torch.optim.Optimizer):
             self._run.forget()  # it decides where steps are counted
         self._run.checked = options
 
-    def _begin(self, request: Request) -> Phases:
-        """A step in phases."""
-        plan = self._run.plan
-        if plan is None or (phases := plan.begin(self.state, self.param_groups, request)) is None:
-            phases = self._prepared().begin(self.state, self.param_groups, request)
-        if phases is None:
-            raise RuntimeError(_CHANGED)
-        return phases
-
-    def _exchanges(self, request: Request) -> int:
-        """How often processes exchange numbers before the update: the same in all of them."""
-        if self._method != "swd":
-            return int(request.needs_norm)
-        run = self._run
-        amsgrad = any(known.options.amsgrad for known in run.known)
-        if run.plan is None and self._chosen() is reference:  # which takes SWD's sums by themselves
-            squares = request.needs_norm or request.telemetry is not None
-            return 1 + (squares if self.process_group is None else amsgrad)
-        return 1 + (amsgrad and request.needs_norm)
-
-    def _chosen(self) -> ModuleType:
-        """The backend."""
-        every = groups.parameters(self.param_groups)
-        return backends.chosen(
-            self._backend, [layouts.local(p) for *_, p in every if groups.learns(p)]
+    def _subject(self) -> steps.Subject:
+        return steps.Subject(
+            *(self._method, self._backend, self.process_group),
+            *(self.param_groups, self.state, self._run),
         )
-
-    def _prepared(self) -> Plan:
-        """A plan for a new set of tensors; eager formulas have none that lasts."""
-        run, every = self._run, list(groups.parameters(self.param_groups))
-        options = [known.options for known in run.known]
-        run.checked_memory = groups.check(
-            *(self.param_groups, self.state, options, run.given, run.checked_memory)
-        )
-        backend = self._chosen()
-        for i, _, _, p in every:  # the first thing written, so after all checks
-            if (own := self.state.get(p)) and i < len(run.completed):
-                state.retire(p, own, run.completed[i], options[i])
-        self._complete_states(active=True)
-        run.completed = options
-        parameters = groups.as_parameters(self.param_groups, self.state, options)
-        plan: Plan = backend.Plan(parameters, options, self.state, self.param_groups)
-        run.plan = None if backend is reference else plan
-        return plan
-
-    def _complete_states(self, active: bool = False) -> None:
-        """Of all parameters that learn; for a step, of those with a state or a gradient."""
-        options = [self._read(group, i) for i, group in enumerate(self.param_groups)]
-        made = []
-        for i, _, _, p in groups.parameters(self.param_groups):
-            if self.state.get(p) or (p.grad is not None if active else groups.learns(p)):
-                given = self._run.given.pop(p, None)
-                names = state.complete(p, self.state[p], options[i], given)
-                made.append((p, names, options[i]))
-        self._take_note(made, in_step=active)
-
-    def _take_note(
-        self, made: Iterable[tuple[Tensor, list[str], GroupOptions]], in_step: bool = False
-    ) -> None:
-        """What new entries mean: copies of weights follow them until they move, and what has been
-        summed over shards a step adds up; only a step can."""
-        for p, names, options in made:
-            copies = state.copies_of_weights(names, options)
-            self._run.copies += [(p, name) for name in copies]
-            summed = "exp_avg_sq_sum" in names and "exp_avg_sq" not in names  # else it is 0
-            if summed and in_step and self._run.reducer is not None:
-                self._run.reducer.new_sums[p] = self.state[p]["exp_avg_sq_sum"]
-            elif summed and not in_step and shards.is_shard(p):
-                del self.state[p]["exp_avg_sq_sum"]
-
-    def _reducer(self) -> shards.Reducer | None:
-        every = list(groups.parameters(self.param_groups))
-        if not any(shards.is_shard(p) for *_, p in every):
-            return None
-        if self.process_group is not None:
-            raise ValueError(
-                "process_group is for tensors that do not know that others hold the rest of them, "
-                "and some of these parameters are DTensors, which do: leave it out"
-            )
-        named = [(checks.name_of(group, i, k), p) for i, k, group, p in every]
-        reducer = shards.Reducer(named, sums_of_v=self._method == "swd")
-        return reducer if reducer else None
-
-    def _others(self) -> shards.Others:
-        """The processes that hold the other tensors of the model."""
-        group = OPTIMIZER_OPTIONS["process_group"].check(self.process_group, "process_group")
-
-        def parts() -> list[shards.Part]:
-            if self._method != "swd":
-                return []
-            return [
-                shards.Part(
-                    groups.elements(p), known.options.beta2, known.options.amsgrad, self.state[p]
-                )
-                for known, own in zip(self._run.known, self.param_groups, strict=True)
-                for p in own["params"]
-                if p.grad is not None
-            ]
-
-        return shards.Others(group, self._device(), parts)
-
-    def _is_only_looked_at(self) -> bool:
-        """Whether a first step has lr = 0 and gradients that are 0: so torch.distributed.checkpoint
-        makes the states of a new optimizer, which is to change nothing."""
-        options = [known.options for known in self._run.known]
-        if any(each.lr or each.device_numbers for each in options):
-            return False
-        gradients = [p.grad for *_, p in groups.parameters(self.param_groups) if p.grad is not None]
-        nothing = bool(gradients) and not any(layouts.local(g).any() for g in gradients)
-        together = self._run.reducer or (self.process_group is not None and self._others())
-        return together.agree(nothing) if together else nothing
-
-    def _renew(self) -> None:
-        """Copies of weights that have not moved since: a model may have been loaded meanwhile."""
-        for p, name in self._run.copies:
-            if name in self.state.get(p, {}):
-                self.state[p][name].copy_(p.detach())
 
     def _device(self) -> torch.device:
-        """Where the numbers of the whole step are: on the first parameter's device."""
-        return next(
-            (p.device for *_, p in groups.parameters(self.param_groups)), torch.device("cpu")
-        )
+        return groups.first_device(self.param_groups)
 
     # ---- what a step leaves behind -------------------------------------------------------------
 
@@ -444,20 +268,18 @@ class _Adam(torch.optim.Optimizer):
         self._refuse_swapped("ema_weights()")
         if all(group["ema_decay"] is None for group in self.param_groups):
             raise RuntimeError("there are no averages: construct the optimizer with ema_decay")
-        not_moved = {p for p, name in self._run.copies if name == "ema"}
+        every = {p for *_, p in groups.parameters(self.param_groups)}
+        not_moved = self._run.copies.of("ema")
         with ExitStack() as undo:  # all of it, whatever of it fails
+            undo.callback(shards.reshard, every)
+            shards.reshard(every)
             self._run.swapped = True
             undo.callback(setattr, self._run, "swapped", False)
             for _, _, group, p in groups.parameters(self.param_groups):
                 ema = self.state.get(p, {}).get("ema")
                 if group["ema_decay"] is None or ema is None or p in not_moved:
                     continue
-                if p.dtype == ema.dtype:
-                    _exchange(p, ema)
-                    undo.callback(_exchange, p, ema)
-                else:
-                    undo.callback(_write, p, p.detach().clone())
-                    _write(p, ema)
+                averages.swap_in(p, ema, undo)
             yield
 
     def _refuse_swapped(self, what: str) -> None:
@@ -473,8 +295,9 @@ class _Adam(torch.optim.Optimizer):
         """
         self._refuse_swapped("state_dict()")
         if self._run.given:  # which would be lost; but either all states exist or none
-            self._complete_states()
-        self._renew()
+            options = [self._read(group, i) for i, group in enumerate(self.param_groups)]
+            steps.complete(self._subject(), options, groups.learns)
+        self._run.copies.renew(self.state)
         found = super().state_dict()
         found["param_groups"] = [
             checkpoint.saved_group(group, self._method) for group in found["param_groups"]
@@ -497,7 +320,7 @@ class _Adam(torch.optim.Optimizer):
         def take(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             target = checkpoint.Target(
                 *(type(self).__name__, self._method, self.param_groups, self.state),
-                *(self._run.given, self._read),
+                *(self._run.given, self._read, steps.reducer_of(self._subject())),
             )
             self._loaded = checkpoint.merged(target, final)
             return {**final, "state": {}}  # torch would cast, and keep the caller's tensors
@@ -517,40 +340,28 @@ class _Adam(torch.optim.Optimizer):
                 "set process_group to None first, or take a state_dict"
             )
         own = {name: getattr(self, name) for name in ("_backend", *_OF_A_STEP)}
-        unsettled = {"_given": self._run.given, "_copies": self._run.copies}
-        return {**super().__getstate__(), **own, **unsettled}
+        unsettled = {"given": self._run.given, "copies": self._run.copies}
+        return {**super().__getstate__(), **own, "_unsettled": unsettled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """torch unpickles this way, and loads a state dict before others' hooks may look at it."""
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's, in the defaults of whatever it loads
-        given, copies = state.pop("_given", {}), state.pop("_copies", [])
+        fresh = steps.Run(**state.pop("_unsettled", {}))
         if self._loaded is not None:
             self.state = defaultdict(dict, self._loaded.states)
             self.param_groups = list(self._loaded.groups)
-            given = self._run.given
-        completed = [] if self._loaded is None else self._loaded.options
-        fresh = _Run(given=given, copies=copies, completed=completed)
-        run: _Run = vars(self).setdefault("_run", fresh)
+            fresh = steps.Run(given=self._run.given, completed=self._loaded.options)
+        run: steps.Run = vars(self).setdefault("_run", fresh)
         vars(run).update(vars(fresh))
         if self._loaded is not None:
-            self._take_note(self._loaded.made)
+            for p in steps.take_note(run, self.state, self._loaded.made):
+                if shards.is_shard(p):  # only a step adds up what shards have
+                    del self.state[p]["exp_avg_sq_sum"]
 
 
 def _number_on(device: torch.device, x: Any) -> Tensor | None:
     return None if x is None else torch.as_tensor(x, dtype=torch.float32, device=device)
-
-
-@torch.no_grad()
-def _write(to: Tensor, values: Tensor) -> None:
-    to.copy_(values)
-
-
-@torch.no_grad()
-def _exchange(p: Tensor, ema: Tensor) -> None:
-    before = p.clone()
-    p.copy_(ema)
-    ema.copy_(before)
 
 
 class Adam(_Adam):

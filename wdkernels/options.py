@@ -167,6 +167,10 @@ class Option(NamedTuple):
     text: str  # of help(); it begins after the option's name
     streams: bool = False  # whether it decides over the tensors that a step reads and writes
     senseless: Mapping[str, str] = {}
+    defaults: Mapping[str, Any] = {}  # of methods that have another
+
+    def default_of(self, method: str) -> Any:
+        return self.defaults.get(method, self.default)
 
 
 _IN_THE_STEP = "with L2 the decay is a part of the step, which lr multiplies as a whole"
@@ -258,6 +262,7 @@ class InAnchoredGroups(InGroups, total=False):
             "their running average, for which ema_decay must be set; or a list of tensors, one for "
             "each parameter of the group, copied (L2-SP, arXiv 1802.01483)",
             streams=True,
+            defaults={"spd": "initial"},
         ),
     ]
 
@@ -432,25 +437,32 @@ class Group(dict[str, Any]):
     which it knows for all others. So a loader that looks for each of its keys in a state dict, as
     torch.distributed.checkpoint does, finds them in one of torch.optim or of an earlier release."""
 
+    def __init__(self, options: Iterable[tuple[str, Any]], method: str) -> None:
+        super().__init__(options)
+        self.method = method  # of the optimizer
+
     def __missing__(self, name: str) -> Any:
-        return GROUP_OPTIONS[name].default
+        return GROUP_OPTIONS[name].default_of(self.method)
 
     def get(self, name: str, default: Any = None) -> Any:
-        if name in self or name not in GROUP_OPTIONS:
-            return super().get(name, default)
-        return GROUP_OPTIONS[name].default
+        return super().get(name, default) if name not in GROUP_OPTIONS else self[name]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Group, (list(self.items()), self.method)
 
     @classmethod
-    def of(cls, group: Mapping[str, Any]) -> Group:
+    def of(cls, group: Mapping[str, Any], method: str) -> Group:
         """A group without the options that say what is the default anyway."""
-        return cls((k, x) for k, x in group.items() if k in ALWAYS_IN_GROUPS or _says(k, x))
+        kept = ((k, x) for k, x in group.items() if k in ALWAYS_IN_GROUPS or _says(k, x, method))
+        return cls(kept, method)
 
 
-def _says(name: str, value: Any) -> bool:
+def _says(name: str, value: Any, method: str) -> bool:
     row = GROUP_OPTIONS.get(name)
-    if row is None or type(value) is not type(row.default):
-        return row is None or value is not row.default
-    return bool(value != row.default)
+    if row is None:
+        return True
+    default = row.default_of(method)
+    return bool(value != default) if type(value) is type(default) else value is not default
 
 
 class GroupOptions:
@@ -519,7 +531,7 @@ def from_group(method: str, group: Mapping[str, Any], on_device: bool = False) -
         row = GROUP_OPTIONS.get(name)
         if row is not None and (reason := row.senseless.get(method)):
             raise ValueError(f"{name} makes no sense here: {reason}")
-    given = {name: group.get(name, row.default) for name, row in _GROUP_ROWS}
+    given = {name: group.get(name, row.default_of(method)) for name, row in _GROUP_ROWS}
     # Those of a device are read there, and never waited for.
     tensors = {
         name: x for name in ON_A_DEVICE if isinstance(x := given[name], Tensor) and x.is_cuda

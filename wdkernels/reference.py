@@ -48,7 +48,7 @@ from wdkernels.coefficients import decay_scale, ema_decay, mix, random_key
 from wdkernels.layouts import Numbering
 from wdkernels.options import GroupOptions
 from wdkernels.plan import Parameter, Request, in_turn
-from wdkernels.state import storage_of
+from wdkernels.state import own_part, storage_of
 from wdkernels.sums import SUMS
 from wdkernels.telemetry import COLUMNS
 
@@ -76,7 +76,8 @@ def grouped(parameters: Sequence[Parameter], options: Sequence[GroupOptions]) ->
         group = groups[p.group]
         group.params.append(layouts.local(p.tensor))
         group.grads.append(shards.gradient_of(p.tensor, p.name))
-        group.states.append({name: layouts.local(x) for name, x in p.state.items()})
+        own = own_part(p.tensor, p.state, options[p.group])
+        group.states.append({name: layouts.local(x) for name, x in own.items()})
         group.indices.append(p.position)
         group.totals.append(p.total)
         group.numberings.append(p.numbering)
@@ -132,23 +133,15 @@ class _Scale(NamedTuple):
 class _Parameter:
     """A parameter with its options, gradient and state, at its own step t."""
 
-    def __init__(
-        self,
-        options: GroupOptions,
-        w: Tensor,
-        g: Tensor,
-        state: State,
-        index: int,
-        total: int,
-        numbering: Numbering,
-        scale: _Scale,
-    ) -> None:
-        self.options, self.w, self.g, self.state = options, w, g, state
-        self.total, self.numbering, self.scale = total, numbering, scale
-        self.storage = storage_of(w, options)
-        self.t = int(state["step"].item()) + 1
-        self.lambda_t = options.weight_decay * schedules.factor(options.decay_schedule, self.t)
-        self.key = rounding.key(random_key(options, self.t), index)
+    def __init__(self, group: Group, k: int, scale: _Scale) -> None:
+        self.options, self.scale = group.options, scale
+        self.w, self.g, self.state = group.params[k], group.grads[k], group.states[k]
+        self.total, self.numbering = group.totals[k], group.numberings[k]
+        self.storage = storage_of(self.w, self.options)
+        self.t = int(self.state["step"].item()) + 1
+        factor = schedules.factor(self.options.decay_schedule, self.t)
+        self.lambda_t: float = self.options.weight_decay * factor
+        self.key = rounding.key(random_key(self.options, self.t), group.indices[k])
 
 
 class Step:
@@ -160,13 +153,9 @@ class Step:
         if request.grad_scale is not None:
             unscale = request.grad_scale.double().reciprocal().item()
         self._parameters = [
-            _Parameter(group.options, *tensors, _Scale(unscale, 1.0))
+            _Parameter(group, k, _Scale(unscale, 1.0))
             for group in groups
-            for tensors in zip(
-                *(group.params, group.grads, group.states, group.indices),
-                *(group.totals, group.numberings),
-                strict=True,
-            )
+            for k in range(len(group.params))
         ]
         self._normed = request.needs_norm
         self._swd = any(p.options.method == "swd" for p in self._parameters)
@@ -254,7 +243,8 @@ class Step:
         w, a, g = _weight(p), _anchor(p), _gradient(p)
         d = w - a
         u, root, pull = _adam(p, d, g)
-        new, rate = w - u, p.lambda_t
+        new = w - u
+        rate: float | Tensor = p.lambda_t
         if p.options.method in ("decoupled", "swd"):
             rate = _decay_rate(p, w, self._mean_v)
             new, pull = _move(p, w, u, d, rate)

@@ -100,7 +100,7 @@ def factor(schedule: Schedule | None, t: int) -> float:
         stop = math.inf if schedule["stop"] is None else schedule["stop"]
         return 1.0 if schedule["start"] <= t < stop else 0.0
     if schedule["kind"] == "inverse":
-        return 1.0 / (t - 1 + schedule["offset"])
+        return float(1.0 / (t - 1 + schedule["offset"]))
     p = min((t - 1) / schedule["steps"], 1.0)
     # The share of the start value, not of the difference: both ends then come out exactly.
     share = 1.0 - p if schedule["kind"] == "linear" else (1.0 + math.cos(math.pi * p)) / 2.0

@@ -19,7 +19,7 @@ what `Others` says, over the `process_group` that the user names.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -87,6 +87,29 @@ def sharded_like(p: Tensor, x: Tensor) -> Tensor:
     return distribute_tensor(x, here.device_mesh, here.placements, src_data_rank=None)
 
 
+def check_loadable(p: Tensor, saved: Mapping[str, Any], name: str) -> None:
+    """Raise a ValueError for entries that hold shards of other processes than p."""
+    for key, x in saved.items():
+        if not (isinstance(x, Tensor) and is_shard(x) and is_shard(p)):
+            continue
+        there: Any = x
+        here: Any = p
+        same_mesh = there.device_mesh == here.device_mesh
+        if same_mesh and (there.placements != here.placements or _as_large(there, here)):
+            continue
+        raise ValueError(
+            f"{key} of {name} holds a shard for {there.device_mesh} that is {there.placements}, "
+            f"the parameter is {here.placements} on {here.device_mesh} and has here "
+            f"{tuple(layouts.local(p).shape)} of it, not {tuple(layouts.local(x).shape)}: each "
+            "process must load what it has saved. For another number of processes save with "
+            "torch.distributed.checkpoint, or with full_state_dict=True"
+        )
+
+
+def _as_large(x: Tensor, p: Tensor) -> bool:
+    return layouts.local(x).shape == layouts.local(p).shape
+
+
 def alike(x: Tensor, p: Tensor) -> bool:
     """Whether two DTensors, or two plain tensors, are in equal placements on equal meshes."""
     there, here = getattr(x, "_spec", None), getattr(p, "_spec", None)
@@ -132,6 +155,47 @@ def gradient_of(p: Tensor, name: str) -> Tensor:
         )
         gradient = sharded_like(p, gradient)
     return layouts.local(gradient)
+
+
+def reshard(parameters: Collection[Tensor]) -> None:
+    """Has FSDP2 give up the gathered parameters that it keeps of these.
+
+    A forward pass leaves the outermost module's parameters gathered, for the backward pass that
+    it expects. After an evaluation there is none, and the next forward pass would compute with
+    what they were before the weights changed.
+    """
+    if not any(map(is_shard, parameters)):
+        return
+    for module in _fsdp_modules():
+        if _gathers(module, parameters):
+            module.reshard()
+
+
+def _fsdp_modules() -> list[Any]:
+    """All of them: nothing leads from a parameter to its module but torch's own table."""
+    try:
+        from torch.distributed._composable_state import _module_state_mapping
+        from torch.distributed.fsdp import FSDPModule
+    except ImportError:  # a torch without FSDP2, or one that keeps the table elsewhere
+        return []
+    return [module for module in list(_module_state_mapping) if isinstance(module, FSDPModule)]
+
+
+def _gathers(module: Any, parameters: Collection[Tensor]) -> bool:
+    """Whether some of these are those that an FSDPModule gathers. While it has them gathered they
+    are not among its parameters: hence by way of its state, whose names are torch's own business.
+    Where they are others, every module is taken for one: to gather once more is only slow."""
+    try:
+        state = module._get_fsdp_state()
+        if hasattr(state, "_fsdp_param_groups"):
+            found = state._fsdp_param_groups
+        else:  # in older torch a module has one, or none
+            found = [group for group in [state._fsdp_param_group] if group is not None]
+        return any(
+            each.sharded_param in parameters for group in found for each in group.fsdp_params
+        )
+    except AttributeError:
+        return True
 
 
 class Processes:
@@ -215,6 +279,13 @@ class Reducer(Processes):
     def __bool__(self) -> bool:
         """Whether anything is sharded."""
         return bool(self._groups)
+
+    def together(self, error: Exception | None) -> None:
+        """Raises the error of this process, or one that tells of another's: in all, or in none."""
+        if not self.agree(error is None):
+            for group in self._groups:
+                error = _told(group.processes, error)
+            raise error or AssertionError("no process says what has failed")
 
     def agree(self, yes: bool) -> bool:
         no = torch.tensor([0 if yes else 1], device=self._device)

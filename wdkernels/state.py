@@ -5,7 +5,8 @@ what a step adds if it is less than half of their last bit, unless it is rounded
 kept elsewhere: hence `rounding` and `master_weights` (docs/methods.md).
 
 From the table follow the streams that a backend is handed, what a new state is made of, what a
-state dict may hold, and what is refused in which words.
+state dict may hold, and what is refused in which words. Entries that a step does not need, of
+whatever name, belong to others, such as hooks and wrappers, and are carried along.
 """
 
 from __future__ import annotations
@@ -126,6 +127,20 @@ KEPT_UP = tuple(entry.name for entry in ENTRIES if entry.kept_up)
 # ---- what follows from it ------------------------------------------------------------------------
 
 
+def begun(state: Any) -> bool:
+    """Whether there is a state; what others keep in it makes none."""
+    return isinstance(state, dict) and "exp_avg" in state
+
+
+def own_part(p: Tensor, state: Mapping[str, Any], options: GroupOptions) -> State:
+    """The entries that a step needs."""
+    return {
+        entry.name: state[entry.name]
+        for entry in ENTRIES
+        if entry.name in state and entry.needed(p, options)
+    }
+
+
 def streams(p: Tensor, state: Mapping[str, Any], options: GroupOptions) -> dict[str, Tensor]:
     """What a step reads and writes of a complete state, by the names of a backend's streams."""
     found = {
@@ -157,13 +172,44 @@ def complete(p: Tensor, state: State, options: GroupOptions, given: Tensor | Non
     return made
 
 
-def copies_of_weights(names: Sequence[str], options: GroupOptions) -> list[str]:
-    """Those of the entries that begin as copies of the weight. Given anchors are none."""
-    return [
-        name
-        for name in names
-        if BY_NAME[name].start == "weight" and not (name == "anchor" and options.anchor == "given")
-    ]
+class Copies:
+    """Entries that began as copies of weights which have not moved since. They follow them, as a
+    model may be loaded meanwhile; but what a hook has written in their place stays."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Tensor, str, Tensor, int | None]] = []
+
+    def take_note(self, p: Tensor, state: State, names: Sequence[str], o: GroupOptions) -> None:
+        """Of those entries of a state that are copies. Given anchors are none."""
+        for name in names:
+            if BY_NAME[name].start == "weight" and not (name == "anchor" and o.anchor == "given"):
+                self._entries.append((p, name, state[name], _version(state[name])))
+
+    def renew(self, states: Mapping[Tensor, State]) -> None:
+        entries, self._entries = self._entries, []
+        for p, name, x, version in entries:
+            if states.get(p, {}).get(name) is x and _version(x) == version:
+                x.copy_(p.detach())
+                self._entries.append((p, name, x, _version(x)))
+
+    def of(self, name: str) -> set[Tensor]:
+        """The parameters whose entries of that name are copies."""
+        return {p for p, each, *_ in self._entries if each == name}
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"entries": [each[:3] for each in self._entries if _version(each[2]) == each[3]]}
+
+    def __setstate__(self, copied: dict[str, Any]) -> None:
+        self._entries = [(p, name, x, _version(x)) for p, name, x in copied["entries"]]
+
+
+def _version(x: Tensor) -> int | None:
+    """How often it has been written."""
+    here = layouts.local(x)
+    return None if here.is_inference() else here._version
 
 
 def retire(p: Tensor, state: State, before: GroupOptions, options: GroupOptions) -> None:
@@ -237,10 +283,13 @@ def check_anchor(p: Tensor, anchor: Any, name: str) -> None:
     check_alike(anchor, p, anchor_dtypes(p), f"the anchor of {name}", ValueError)
 
 
-def check_state(p: Tensor, state: Any, name: str) -> None:
-    """A state that holds moments must be a whole one; missing optional entries are made later."""
+def check_is_state(state: Any, name: str) -> None:
     if not isinstance(state, dict):
         raise ValueError(f"the state of {name} must be a dict, not {type(state).__name__}")
+
+
+def check_own_part(p: Tensor, state: State, name: str) -> None:
+    """A state that holds moments must be a whole one; missing optional entries are made later."""
     if state.keys() & set(BY_NAME) - {"anchor"}:
         missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
         if missing:
@@ -278,14 +327,9 @@ def check_state(p: Tensor, state: Any, name: str) -> None:
             )
 
 
-def check_saved(p: Tensor, state: Any, name: str) -> None:
-    """In a state to be loaded every number counts, and nothing may be left over."""
-    check_state(p, state, name)
-    if unknown := [str(key) for key in state if key not in BY_NAME]:
-        raise ValueError(
-            f"the state of {name} has {', '.join(unknown)}, which neither Adam nor AdamW knows: it "
-            "belongs to another kind of optimizer"
-        )
+def check_saved(p: Tensor, state: State, name: str) -> None:
+    """In what is to be loaded every number counts."""
+    check_own_part(p, state, name)
     for key in BY_NAME:
         x = state.get(key)
         if not isinstance(x, Tensor):
@@ -321,13 +365,7 @@ def check_in_use(
 
     `active`: the step is to update p; `given`: the user gave an anchor that is not in it yet.
     """
-    check_state(p, state, name)
-    late = "exp_avg" in state or (active and options.anchor == "given")
-    if BY_NAME["anchor"].needed(p, options) and "anchor" not in state and late and not given:
-        raise ValueError(
-            f"{name} has no anchor: choose one at construction or in add_param_group; "
-            "it cannot be switched on later"
-        )
+    check_is_state(state, name)
     check_companions(p, state, options, name)
     for key in ("master", "compensation"):
         if key in state and p.dtype not in NARROW:
@@ -335,6 +373,17 @@ def check_in_use(
                 f"the state of {name} has {key}, which only weights of 16 bits have, and these are "
                 f"{p.dtype}: add what it holds to them if it still counts, and delete "
                 f"state[parameter][{key!r}]"
+            )
+    state = own_part(p, state, options)
+    check_own_part(p, state, name)
+    if BY_NAME["anchor"].needed(p, options) and "anchor" not in state and not given:
+        if begun(state):
+            raise ValueError(no_anchor(name))
+        if active and options.anchor == "given":
+            raise ValueError(
+                f"{name} has no anchor: those that were given belong to other parameters, in whose "
+                "place it stands; give them for the parameters that are trained, or choose "
+                "anchor='initial'"
             )
     if "step" in state:
         step = state["step"]
@@ -368,7 +417,14 @@ def check_in_use(
         check_writable(x, what)
 
 
-def written(state: Mapping[str, Any], name: str) -> Iterator[tuple[str, Tensor]]:
+def no_anchor(name: str) -> str:
+    return (
+        f"{name} has no anchor: choose one at construction or in add_param_group; it cannot be "
+        "switched on later"
+    )
+
+
+def written(state: State, name: str) -> Iterator[tuple[str, Tensor]]:
     """What a step writes of a state, each with its name in messages."""
     for entry in ENTRIES:
         if entry.written and entry.name in state:
@@ -384,7 +440,7 @@ def check_step(step: Any, name: str) -> None:
 
 def check_companions(p: Tensor, state: Mapping[str, Any], options: GroupOptions, name: str) -> None:
     """What 16-bit weights keep beside them belongs to how they are rounded."""
-    if p.dtype not in NARROW or "exp_avg" not in state:
+    if p.dtype not in NARROW or not begun(state):
         return
     for key, option in (("master", "master_weights=True"), ("compensation", "rounding='kahan'")):
         needed = BY_NAME[key].needed(p, options)

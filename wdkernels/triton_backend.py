@@ -82,7 +82,7 @@ class Plan:
         self._options = list(options)
         self.watch = Watch(parameters, state, param_groups)
         self.device = parameters[0].tensor.device if parameters else torch.device("cpu")
-        # Of the parameters that have a gradient:
+        # These are about the parameters that have a gradient.
         self.active: list[int] | None = None
         self.lists: list[TensorList] = []
         self._order: Tensor | None = None  # in which a norm adds up their rows

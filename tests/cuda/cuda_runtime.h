@@ -222,7 +222,7 @@ cudaError_t answer(const char* name, T* out, const T& value) {
 
 }  // namespace emulated
 
-// Of the calls named `call`, that behind the `passing` next ones fails, and does nothing. Exported, for
+// Makes the call named `call` behind the `passing` next ones fail, and do nothing. Exported, for
 // tests to find it in a library.
 extern "C" __attribute__((used, visibility("default"))) inline void wdk_emulate_failure(
     const char* call, int passing, int error) {

@@ -67,7 +67,7 @@ narrow = rounding.narrow
 
 
 def noise(key: int, x: Tensor) -> Tensor:
-    """Of a whole tensor's elements."""
+    """The random bits of a whole tensor's elements."""
     return rounding.noise(key, x, Numbering())
 
 

@@ -107,3 +107,8 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_solver = pytest.mark.parametrize("backend", [REFERENCE, *BACKENDS])
 every_method = pytest.mark.parametrize("variant", PLAIN, ids=str)
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+# For tests that choose the average themselves, or whose weights are stored otherwise than those
+# they are compared with: an average follows what is stored, and so does a decay towards it.
+every_variant_without_average = pytest.mark.parametrize(
+    "variant", [each for each in VARIANTS if each.options.get("anchor") != "ema"], ids=str
+)
