@@ -71,7 +71,7 @@ class Target(NamedTuple):
     states: Mapping[Tensor, state.State]
     given: Mapping[Tensor, Tensor]  # anchors that are not in a state yet
     read: Callable[[Mapping[str, Any], int], GroupOptions]
-    reducer: shards.Reducer | None
+    reducer: shards.Reducer | None  # where parameters are sharded
 
 
 def check_form(state_dict: Any) -> None:
@@ -85,13 +85,13 @@ def merged(target: Target, state_dict: dict[str, Any]) -> Loaded:
     Where parameters are sharded, it fits in all processes or is refused in all: to bring a tensor
     into other placements each of them is needed.
     """
-    error = None
+    error: Exception | None = None
     try:
         loaded, work = _checked(target, state_dict)
     except Exception as raised:
         error = raised
     if target.reducer is not None:
-        target.reducer.together(error)
+        error = target.reducer.heard(error, "load its state dict")
     if error is not None:
         raise error
     for p, own, others, options in work:

@@ -88,26 +88,28 @@ def sharded_like(p: Tensor, x: Tensor) -> Tensor:
 
 
 def check_loadable(p: Tensor, saved: Mapping[str, Any], name: str) -> None:
-    """Raise a ValueError for entries that hold shards of other processes than p."""
+    """Raise a ValueError for entries whose numbers are those of shards of other processes."""
     for key, x in saved.items():
-        if not (isinstance(x, Tensor) and is_shard(x) and is_shard(p)):
+        if not (is_shard(p) and isinstance(x, Tensor) and is_shard(x)):
             continue
         there: Any = x
         here: Any = p
-        same_mesh = there.device_mesh == here.device_mesh
-        if same_mesh and (there.placements != here.placements or _as_large(there, here)):
+        same = sorted(there.device_mesh.mesh.flatten()) == sorted(here.device_mesh.mesh.flatten())
+        if same and layouts.local(x).shape == _shape_here(there):
             continue
         raise ValueError(
-            f"{key} of {name} holds a shard for {there.device_mesh} that is {there.placements}, "
-            f"the parameter is {here.placements} on {here.device_mesh} and has here "
-            f"{tuple(layouts.local(p).shape)} of it, not {tuple(layouts.local(x).shape)}: each "
-            "process must load what it has saved. For another number of processes save with "
-            "torch.distributed.checkpoint, or with full_state_dict=True"
+            f"{key} of {name} is {there.placements} on {there.device_mesh} and has here "
+            f"{tuple(layouts.local(x).shape)} of {tuple(x.shape)}, which is not what processes "
+            f"of {here.device_mesh} hold: each must load what it has saved. To go on with another "
+            "number of processes save by torch.distributed.checkpoint, or full tensors"
         )
 
 
-def _as_large(x: Tensor, p: Tensor) -> bool:
-    return layouts.local(x).shape == layouts.local(p).shape
+def _shape_here(x: Any) -> tuple[int, ...]:
+    """Of what this process holds of a DTensor, by its placements."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return tuple(compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)[0])
 
 
 def alike(x: Tensor, p: Tensor) -> bool:
@@ -280,12 +282,12 @@ class Reducer(Processes):
         """Whether anything is sharded."""
         return bool(self._groups)
 
-    def together(self, error: Exception | None) -> None:
-        """Raises the error of this process, or one that tells of another's: in all, or in none."""
+    def heard(self, error: Exception | None, what: str) -> Exception | None:
+        """The error of this process, or one that says why another could not do that either."""
         if not self.agree(error is None):
             for group in self._groups:
-                error = _told(group.processes, error)
-            raise error or AssertionError("no process says what has failed")
+                error = _told(group.processes, error, what)
+        return error
 
     def agree(self, yes: bool) -> bool:
         no = torch.tensor([0 if yes else 1], device=self._device)
@@ -470,10 +472,10 @@ def _groups_that_shard(p: Tensor, name: str) -> Iterator[tuple[Any, int]]:
         yield group, mesh.size(dim)
 
 
-def _told(processes: Any, error: Exception | None) -> Exception:
+def _told(processes: Any, error: Exception | None, what: str = "take this step") -> Exception:
     """An error that some process has, in all that call this; a process keeps its own."""
     found: list[Any] = [None] * torch.distributed.get_world_size(processes)
     own = None if error is None else f"process {torch.distributed.get_rank()}: {error}"
     torch.distributed.all_gather_object(found, own, group=processes)
     message = next((each for each in found if each is not None), "it said nothing")
-    return error or RuntimeError(f"another process could not take this step: {message}")
+    return error or RuntimeError(f"another process could not {what}: {message}")

@@ -91,9 +91,9 @@ def take(subject: Subject, request: Request) -> bool:
 def _is_only_looked_at(subject: Subject) -> bool:
     """Whether a first step has lr = 0 and gradients that are 0: so torch.distributed.checkpoint
     makes the states of a new optimizer, which is to change nothing."""
-    if any(each.lr or each.device_numbers for each in subject.options()):
-        return False
     if any(state.begun(subject.states.get(p)) for *_, p in subject.parameters()):
+        return False
+    if any(each.lr or each.device_numbers for each in subject.options()):
         return False
     every = (p.grad for *_, p in subject.parameters())
     gradients = [each for each in every if each is not None]
@@ -125,11 +125,13 @@ def _prepared(subject: Subject) -> Plan:
     )
     backend = _chosen(subject)
     for i, _, _, p in subject.parameters():  # the first thing written, so after all checks
-        if i < len(run.completed):
-            state.retire(p, subject.states.get(p, {}), run.completed[i], options[i])
-    made = complete(
-        subject, options, lambda p: state.begun(subject.states.get(p)) or p.grad is not None
-    )
+        if i < len(run.completed) and p in subject.states:
+            state.retire(p, subject.states[p], run.completed[i], options[i])
+
+    def takes_part(p: Tensor) -> bool:
+        return p.grad is not None or state.begun(subject.states.get(p))
+
+    made = complete(subject, options, takes_part)
     run.completed = options
     if run.reducer is not None:  # which this step adds up
         run.reducer.new_sums.update((p, subject.states[p]["exp_avg_sq_sum"]) for p in made)
