@@ -4,6 +4,7 @@ what FSDP2 keeps gathered while averages stand in the place of weights."""
 from __future__ import annotations
 
 import copy
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support import Variant, random
+from support import Variant, assert_same_bits, random
 from support.checkpoints import RUNS, Net, Run, train, whole
 from torch import Tensor, nn
 
@@ -141,12 +142,74 @@ def full_and_offloaded(run: Run, net: nn.Module, optimizer: Any) -> None:
         other, resumed = begin(run, seed=8)
         sd.set_model_state_dict(other, weights)
         if way:
+            if way.get("full_state_dict"):  # which process 0 alone has
+                way = {"full_state_dict": True, "broadcast_from_rank0": True}
             options = sd.StateDictOptions(**way)
             sd.set_optimizer_state_dict(other, resumed, each, options=options)
         else:
             resumed.load_state_dict(each)
         train(other, resumed, range(2, 4), shard)
         compare(gathered(other, resumed), expected, exactly=True)
+
+
+# ---- runs that are killed ------------------------------------------------------------------------
+
+STEPS = 8
+
+
+def killable(folder: str) -> None:
+    """Goes on from the last checkpoint that is whole, and saves each second step. Where the file
+    `kill` says so it waits to be killed: between two steps, or while one process saves already."""
+    net, optimizer = begin(RUNS["AdamSWD, averaged"], seed=4)
+    done = [int(path.name) for path in Path(folder).glob("[0-9]*")]
+    if done:
+        load(f"{folder}/{max(done)}", net, optimizer)
+    else:
+        begun = Net()  # the run's weights
+        for p, q in zip(net.parameters(), begun.parameters(), strict=True):
+            p.detach().copy_(shard(p, q.detach()))
+    kill = Path(folder, "kill").read_text()
+    for t in range(max(done, default=0), STEPS):
+        train(net, optimizer, range(t, t + 1), shard)
+        if kill == f"after {t + 1}":
+            wait(folder)
+        if (t + 1) % 2 == 0:
+            if kill == f"saving {t + 1}" and dist.get_rank() == 1:
+                wait(folder)
+            # Under another name first, so that what has a number is whole.
+            save(f"{folder}/new", net, optimizer)
+            if dist.get_rank() == 0:
+                Path(folder, "new").rename(f"{folder}/{t + 1}")
+            dist.barrier()
+    compare(gathered(net, optimizer), unsharded(RUNS["AdamSWD, averaged"], STEPS), exactly=False)
+    torch.save(gathered(net, optimizer), f"{folder}/end-{dist.get_rank()}")
+
+
+def wait(folder: str) -> None:
+    Path(folder, "waits").touch()
+    time.sleep(60)
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    ends = []
+    for kills in ([], ["after 3", "saving 6"]):
+        folder = tmp_path / str(len(kills))
+        folder.mkdir()
+        for kill in [*kills, "never"]:
+            (folder / "kill").write_text(kill)
+            (folder / "store-2").unlink(missing_ok=True)
+            (folder / "waits").unlink(missing_ok=True)
+            running: Any = torch.multiprocessing.spawn(
+                *(one_of, (killable, 2, str(folder)), 2), join=kill == "never"
+            )
+            while kill != "never" and not (folder / "waits").exists():
+                assert all(each.is_alive() for each in running.processes)
+                time.sleep(0.05)
+            for each in running.processes if kill != "never" else []:
+                each.kill()
+                each.join()
+        ends.append(torch.load(folder / "end-1", weights_only=True))
+    assert_same_bits(*ends)
 
 
 # ---- averages under FSDP2 ------------------------------------------------------------------------
@@ -223,8 +286,6 @@ def odd_state_dicts() -> None:
         stepped(q, other, 1)
         assert torch.equal(whole(q), whole(p))
 
-    one = init_device_mesh("cpu", (1,), mesh_dim_names=None) if rank < 0 else None
-    del one
     local = {
         key: x.to_local() if hasattr(x, "to_local") else x for key, x in found["state"][0].items()
     }
