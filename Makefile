@@ -9,14 +9,20 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench gpu lint wheel wheels clean
+.PHONY: help demo claims claims-verdicts test bench gpu lint wheel wheels clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo "PYTHON=python3.12 names the interpreter of a new $(VENV), CXX=clang++ the compiler."
 
 demo: $(VENV)/installed ## fine-tune a small network with every optimizer (examples/out/)
 	$(BIN)/python examples/finetune_digits.py
+
+claims: $(VENV)/installed ## try what papers claim of decay (docs/claims/); ANEW=1 runs all of it again
+	$(BIN)/python -m claims $(if $(ANEW),--anew) $(NAMES)
+
+claims-verdicts: $(VENV)/installed ## recompute every verdict from docs/claims/*.json, in seconds
+	$(BIN)/python -m claims --verdicts $(NAMES)
 
 test: $(VENV)/installed ## run the tests
 	$(BIN)/python -m pytest
@@ -40,7 +46,7 @@ wheels: $(VENV)/ready ## wheels to hand out: without CUDA, and for each toolkit 
 	.ci/wheels $(BIN)/python
 
 clean: ## remove whatever the other targets made, .venv included
-	rm -rf $(VENV) build dist examples/out *.egg-info wdkernels/_C.*.so
+	rm -rf $(VENV) build dist claims/out examples/out *.egg-info wdkernels/_C.*.so
 	rm -rf .benchmarks .hypothesis .*_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
