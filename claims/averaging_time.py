@@ -26,7 +26,7 @@ from claims.data import IMAGES, TEST, TRAIN, hard, partly_wrong, rows
 from claims.harness import Cell, Experiment, Record, seeds
 from claims.networks import decayed, error_and_loss, grouped, norm, resnet
 from claims.statistics import Prediction
-from claims.tables import summary
+from claims.tables import number, summary
 from claims.training import cosine, set_lr
 
 
@@ -88,10 +88,10 @@ def run(s: Settings, cell: Cell) -> Record:
 Quantity: TypeAlias = Callable[[pd.DataFrame], pd.Series]
 
 
-def disagreement(runs: pd.DataFrame, kind: str, like: Quantity) -> float:
-    """The mean difference in test error of neighbouring values of `kind` at the same `like`."""
+def disagreement(runs: pd.DataFrame, kind: str, like: Quantity, value: str = "error") -> float:
+    """The mean difference of neighbouring values of `kind` at the same `like`."""
     table = runs.assign(like=like(runs).map("{:.4g}".format)).pivot_table(
-        index="like", columns=kind, values="error"
+        index="like", columns=kind, values=value
     )
     gaps = [(table[a] - table[b]).abs() for a, b in pairwise(table)]
     return float(pd.concat(gaps).mean())
@@ -99,8 +99,8 @@ def disagreement(runs: pd.DataFrame, kind: str, like: Quantity) -> float:
 
 def chosen(runs: pd.DataFrame, kind: str) -> pd.DataFrame:
     """The runs in which only the batch, or only the length, differs."""
-    other, value = ("epochs", SETTINGS.epochs) if kind == "batch" else ("batch", SETTINGS.batch)
-    return runs[runs[other] == value]
+    other = "epochs" if kind == "batch" else "batch"
+    return runs[runs[other] == runs[other].mode()[0]]
 
 
 def _tau(runs: pd.DataFrame) -> pd.Series:
@@ -115,15 +115,12 @@ def _share(runs: pd.DataFrame) -> pd.Series:
     return runs.tau / runs.epochs
 
 
-def ratio(runs: pd.DataFrame, kind: str, other: Quantity) -> pd.Series:
+def ratio(runs: pd.DataFrame, kind: str, other: Quantity, value: str = "error") -> pd.Series:
     """By seed: the disagreement at equal τ over that at equal `other`."""
-    return (
-        chosen(runs, kind)
-        .groupby("seed")
-        .apply(
-            lambda g: disagreement(g, kind, _tau) / disagreement(g, kind, other),
-            include_groups=False,
-        )
+    groups = chosen(runs, kind).groupby("seed")
+    return groups.apply(
+        lambda g: disagreement(g, kind, _tau, value) / disagreement(g, kind, other, value),
+        include_groups=False,
     )
 
 
@@ -146,6 +143,12 @@ PREDICTIONS = (
         "mean difference in test error between batch sizes, at equal τ / at equal λ",
         partial(ratio, kind="batch", other=_lambda),
         "below", 1.0, _N, "the same λ at every batch size",
+    ),
+    Prediction(
+        "so do their training losses",
+        "mean difference in training loss between batch sizes, at equal τ / at equal λ",
+        partial(ratio, kind="batch", other=_lambda, value="train_loss"),
+        "below", 0.5, _N, "the same λ at every batch size",
     ),
     Prediction(
         "a batch twice as large changes less than a τ twice as long",
@@ -206,7 +209,16 @@ def figure(runs: pd.DataFrame) -> Figure:
 
 
 def notes(runs: pd.DataFrame) -> list[str]:
-    return []
+    said = []
+    for kind in ("batch", "epochs"):
+        lowest = chosen(runs, kind).groupby([kind, "tau", "decay"])["error"].mean().reset_index()
+        best_of = lowest.loc[lowest.groupby(kind)["error"].idxmin()]
+        listed = ", ".join(
+            f"{r[kind]:g}: τ = {r.tau:g} epochs, λ = {number(r.decay)}"
+            for _, r in best_of.iterrows()
+        )
+        said.append(f"Best of the grid by {kind}: {listed}.")
+    return said
 
 
 EXPERIMENT = Experiment(

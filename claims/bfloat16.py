@@ -23,7 +23,7 @@ from claims.data import IMAGES, LABELS, TEST, TRAIN, rows
 from claims.harness import Cell, Experiment, Record, seeds
 from claims.networks import ViT, norm
 from claims.statistics import Prediction, by_seed
-from claims.tables import summary
+from claims.tables import mean_and_spread, summary
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,9 @@ def figure(runs: pd.DataFrame) -> Figure:
 
 
 def notes(runs: pd.DataFrame) -> list[str]:
-    return []
+    errors = by_seed(runs[runs.part == "training"], "error", "mode")
+    listed = ", ".join(f"{m} {mean_and_spread(errors[m])}" for m in MODES)
+    return [f"Test error after training, %: {listed}."]
 
 
 EXPERIMENT = Experiment(

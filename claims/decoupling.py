@@ -31,7 +31,7 @@ from claims.data import CONTEXT, VOCABULARY, rows, text, unseen_text
 from claims.harness import Cell, Experiment, Record, seeds
 from claims.networks import GPT, next_character_loss, norm
 from claims.statistics import Prediction, best, by_seed
-from claims.tables import summary
+from claims.tables import mean_and_spread, summary
 from claims.training import cosine, set_lr
 
 
@@ -370,7 +370,29 @@ def figure(runs: pd.DataFrame) -> Figure:
 
 
 def notes(runs: pd.DataFrame) -> list[str]:
-    return []
+    said = []
+    for part, unit in (("text", "nats"), ("game", "of return")):
+        chosen = tuned(runs, part)
+        value = "loss" if part == "text" else "return"
+        listed = ", ".join(
+            f"{m} {mean_and_spread(g[value])} (lr {g.lr.iloc[0]:g}, decay {g.decay.iloc[0]:g})"
+            for m, g in chosen.groupby("method", sort=False)
+        )
+        said.append(f"{part}, tuned, {unit}: {listed}.")
+        shares = good(runs, part)
+        listed = ", ".join(f"{m} {mean_and_spread(shares[m])}" for m in METHODS)
+        said.append(f"{part}: good part of the grid in percent: {listed}.")
+        lost = runs[(runs.part == part) & runs.loss.isna()]
+        counts = lost.groupby("method").size().to_dict()
+        said.append(f"{part}: runs that ended in no number: {counts or 'none'}.")
+    l2 = runs[(runs.part == "text") & (runs.method == "L2")]
+    listed = ", ".join(
+        f"{mean_and_spread(g.last_share)} at decay {d:g}" for d, g in l2.groupby("decay")
+    )
+    said.append(
+        f"text: penalty's share of L2's m at the end, percent, all learning rates: {listed}."
+    )
+    return said
 
 
 EXPERIMENT = Experiment(

@@ -193,7 +193,15 @@ def figure(runs: pd.DataFrame) -> Figure:
 
 
 def notes(runs: pd.DataFrame) -> list[str]:
-    return []
+    marked = runs.assign(diverged=diverged(runs))
+    counts = marked.groupby(["storage", "decay", "lr"])["diverged"].agg(["sum", "count"])
+    said = []
+    for (storage, decay), group in counts.groupby(["storage", "decay"]):
+        listed = ", ".join(
+            f"{r['sum']} of {r['count']} at {lr:g}" for (_, _, lr), r in group.iterrows()
+        )
+        said.append(f"{storage}, decay {decay:g}: diverged, by learning rate: {listed}.")
+    return said
 
 
 EXPERIMENT = Experiment(

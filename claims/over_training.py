@@ -33,7 +33,7 @@ from claims.data import IMAGES, TEST, TRAIN, hard, partly_wrong, rows
 from claims.harness import Cell, Experiment, Record, seeds
 from claims.networks import error_and_loss, evaluating, grouped, norm, resnet
 from claims.statistics import Prediction
-from claims.tables import summary
+from claims.tables import mean_and_spread, number, summary
 from claims.training import set_lr, sgd
 
 
@@ -55,8 +55,8 @@ class Settings:
 
 SETTINGS = Settings()
 TINY = Settings(
-    seeds=2, steps=12, fall=4, snapshots=2, every=3, adamw_lr=(5e-3, 1e-2), adamw_decay=(1.0, 2.0),
-    sgd_lr=(0.1, 0.2), sgd_decay=(1e-2, 2e-2),
+    seeds=2, steps=12, fall=4, snapshots=2, every=3, adamw_lr=(5e-3, 1e-2), adamw_decay=(1.0,),
+    sgd_lr=(0.1, 0.2), sgd_decay=(1e-2,),
 )  # fmt: skip
 OPTIMIZERS = "AdamW", "SGD"
 
@@ -353,7 +353,35 @@ def figure(runs: pd.DataFrame) -> Figure:
 
 
 def notes(runs: pd.DataFrame) -> list[str]:
-    return []
+    said = []
+    for o in OPTIMIZERS:
+        chosen = runs[runs.optimizer == o]
+        fits = chosen.groupby("seed").apply(
+            lambda g: pd.Series(
+                {x: explained(g[x], g["error"]) for x in ("product", "lr", "decay")}
+            ),
+            include_groups=False,
+        )
+        said.append(
+            f"{o}: a parabola in the logarithm explains this share of the test error's variance: "
+            f"of ηλ {mean_and_spread(fits['product'])}, of η {mean_and_spread(fits.lr)}, of λ "
+            f"{mean_and_spread(fits.decay)}."
+        )
+        means = chosen.groupby("product")[["error", "average_error", "noisy_error"]].mean()
+        low = means.error.idxmin()
+        said.append(
+            f"{o}: the lowest test error after η fell is {number(means.error.min())} %, at ηλ = "
+            f"{number(low)}; there the average of the weights, before η falls, has "
+            f"{number(means.average_error[low])} % and the last weights "
+            f"{number(means.noisy_error[low])} %."
+        )
+        turns = chosen.groupby("product")["turn"].mean()
+        slope = np.polyfit(np.log(turns.index), np.log(turns), 1)[0]
+        said.append(
+            f"{o}: |Δw|/|w| grows as (ηλ) to the power {number(float(slope))}; at equilibrium it "
+            "would be 0.5."
+        )
+    return said
 
 
 EXPERIMENT = Experiment(

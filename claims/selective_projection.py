@@ -42,7 +42,7 @@ from claims.data import (
 from claims.harness import Cell, Experiment, Record, seeds
 from claims.networks import ViT, error_and_loss, grouped, norm, with_lora
 from claims.statistics import Prediction, best, by_seed
-from claims.tables import summary
+from claims.tables import mean_and_spread, number, summary
 from claims.training import cosine, set_lr, sgd
 
 
@@ -284,7 +284,38 @@ def figure(runs: pd.DataFrame) -> Figure:
 
 
 def notes(runs: pd.DataFrame) -> list[str]:
-    return []
+    plain = runs[runs.method == "none"]
+    said = [
+        f"Before fine-tuning the network reads {mean_and_spread(plain.before_inside)} % in "
+        f"distribution and {mean_and_spread(plain.before_outside)} % out of distribution."
+    ]
+    chosen = tuned(runs)
+    listed = ", ".join(f"{m} {g.decay.iloc[0]:g}" for m, g in chosen.groupby("method", sort=False))
+    said.append(f"Tuned decays: {listed}.")
+    listed = ", ".join(
+        f"{m} {mean_and_spread(g.distance)}"
+        for m, g in chosen.groupby("method", sort=False)
+        if not m.startswith("LoRA")
+    )
+    said.append(f"Distance from the pretrained weights, tuned: {listed}.")
+    spd = chosen[chosen.method == "SPD"]
+    share = pd.concat([pd.DataFrame(x) for x in spd.selected])
+    means = 100 * share.mean().sort_values(ascending=False)
+    said.append(
+        f"SPD, tuned, selected a tensor in {number(float(means.mean()))} % of the steps: "
+        f"most often {means.index[0]} ({number(means.iloc[0])} %), least often {means.index[-1]} "
+        f"({number(means.iloc[-1])} %)."
+    )
+    # The same decay for SPD and L2-SP means nothing; the same distance moved does.
+    points = runs[runs.method.isin(["SPD", "L2-SP"])].groupby(["method", "decay"])
+    table_ = points[["distance", "inside", "outside"]].mean().reset_index()
+    listed = "; ".join(
+        f"{r.method} {r.decay:g}: moved {number(r.distance)}, {number(r.inside)} % in, "
+        f"{number(r.outside)} % out"
+        for r in table_.itertuples()
+    )
+    said.append(f"The whole grids, to compare at equal distance: {listed}.")
+    return said
 
 
 EXPERIMENT = Experiment(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite, nan, sqrt
+from math import inf, isfinite, nan, sqrt
 from typing import Literal
 
 import pandas as pd
@@ -55,7 +55,7 @@ def _one_sided(numbers: Sequence[float], threshold: float, above: bool) -> tuple
     spread = pd.Series(numbers).std()
     gap = mean - threshold if above else threshold - mean
     if spread == 0:
-        return float("inf") if gap > 0 else float("-inf"), 0.0 if gap > 0 else 1.0
+        return (inf, 0.0) if gap > 0 else (-inf, 1.0)
     t = gap / (spread / sqrt(n))
     return t, float(stats.t.sf(t, n - 1))
 
@@ -87,7 +87,7 @@ def findings(predictions: Sequence[Prediction], runs: pd.DataFrame) -> list[Find
     for prediction, numbers, (statistic, raw), p in zip(
         predictions, all_numbers, tests, corrected, strict=True
     ):
-        series = pd.Series(numbers, dtype=float)
+        series = pd.Series(numbers, dtype=float).where(lambda x: x.abs() < inf)
         spread = float(series.std())
         found.append(
             Finding(
@@ -139,7 +139,8 @@ def seeds_needed(finding: Finding) -> int | None:
 
 def by_seed(runs: pd.DataFrame, value: str, column: str) -> pd.DataFrame:
     """The mean of a value for each seed (rows) and each name in the column (columns)."""
-    return runs.pivot_table(index="seed", columns=column, values=value, dropna=False)
+    named = runs[runs[column].notna()]  # other parts of an experiment have no such column
+    return named.pivot_table(index="seed", columns=column, values=value, dropna=False)
 
 
 def best(runs: pd.DataFrame, family: str, choice: Sequence[str], score: str) -> pd.DataFrame:
