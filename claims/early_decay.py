@@ -335,8 +335,8 @@ def notes(runs: pd.DataFrame) -> list[str]:
         said.append(
             f"{o}: decay all along multiplies the gradient's norm at the end by "
             f"{apart['gradient']}, the sharpness by {apart['sharpness']} and Σ|w||g| by "
-            f"{apart['product']}, against no decay. In test loss (nats) early decay is {loss} and late decay {late} above decay "
-            f"all along."
+            f"{apart['product']}, against no decay. In test loss (nats) early decay is {loss} and "
+            f"late decay {late} above decay all along."
         )
         gaps = by_seed(runs[(runs.part == "growth") & (runs.optimizer == o)], "gap", "data")
         listed = ", ".join(f"{d} {mean_and_spread(gaps[d])}" for d in DATA)
