@@ -188,13 +188,13 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
 
 def figure(runs: pd.DataFrame) -> Figure:
     """The same runs against τ, and against what does not bring them together."""
-    figure, axes = plots.new_figure(1, 4, 22, 5.2)
+    figure, axes = plots.new_figure(2, 2, 13, 10)
     seeds = runs.seed.nunique()
     for ax, kind, x, label, title in (
         (axes[0][0], "batch", _tau, "τ = 1/(ηλ), epochs", "batch sizes against τ"),
         (axes[0][1], "batch", _lambda, "decay λ", "batch sizes against λ"),
-        (axes[0][2], "epochs", _tau, "τ = 1/(ηλ), epochs", "lengths against τ"),
-        (axes[0][3], "epochs", _share, "τ as a share of the length", "lengths against τ/length"),
+        (axes[1][0], "epochs", _tau, "τ = 1/(ηλ), epochs", "lengths against τ"),
+        (axes[1][1], "epochs", _share, "τ as a share of the length", "lengths against τ/length"),
     ):
         for k, (name, group) in enumerate(chosen(runs, kind).groupby(kind)):
             errors = group.assign(x=x(group)).groupby("x")["error"]

@@ -183,7 +183,7 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
 
 def figure(runs: pd.DataFrame) -> Figure:
     """Norms against steps, without and with a gradient, and how far off they end."""
-    figure, axes = plots.new_figure(1, 3, 18, 5.4)
+    figure, axes = plots.new_figure(1, 3, 16, 5.2)
     seeds = runs.seed.nunique()
     for ax, part, title in (
         (axes[0][0], "still", "no gradient: only the decay moves weights"),
@@ -206,7 +206,7 @@ def figure(runs: pd.DataFrame) -> Figure:
     axes[0][2].axhline(0, color="black", linewidth=1)
     axes[0][2].set(xlabel="weights in bfloat16", ylabel="norm at the end off float32, %")
     axes[0][2].set_title(f"after training, {seeds} seeds")
-    figure.suptitle("The norm of weights stored in bfloat16, by how they are rounded")
+    figure.suptitle(f"Weights stored in bfloat16, by how they are rounded. {plots.READING}")
     return figure
 
 

@@ -166,7 +166,7 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
 
 def figure(runs: pd.DataFrame) -> Figure:
     """Every run's loss at the largest rates, and how many diverged at each."""
-    figure, axes = plots.new_figure(2, 3, 18, 9)
+    figure, axes = plots.new_figure(2, 3, 15, 8.5)
     seeds_, largest = runs.seed.nunique(), runs.lr.max()
     decays = sorted(runs.decay.unique())
     color = dict(zip(decays, (plots.PALETTE[3], plots.PALETTE[0]), strict=True))

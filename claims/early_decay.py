@@ -56,6 +56,12 @@ TINY = Settings(
 WINDOWS = "never", "always", "early", "late"
 DATA = "true labels", "random labels", "few examples", "noise as input"
 OPTIMIZERS = "AdamW", "SGD"
+MEASURES = {
+    "gradient": "norm of the gradient",
+    "sharpness": "sharpness",
+    "product": "Σ of norm × gradient",
+    "error": "test error",
+}
 
 
 def plan(s: Settings) -> list[Cell]:
@@ -293,31 +299,44 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(runs: pd.DataFrame) -> Figure:
-    """A row for each optimizer: norms and updates over time, errors; then growth by data."""
-    figure, axes = plots.new_figure(2, 5, 21, 8.2)
-    for row, o in zip(axes, OPTIMIZERS, strict=True):
+    """Two rows for each optimizer: the windows, how their runs measure, and growth by data."""
+    figure, axes = plots.new_figure(4, 3, 15, 18)
+    for k, o in enumerate(OPTIMIZERS):
         windows = runs[(runs.part == "windows") & (runs.optimizer == o)]
         growth = runs[(runs.part == "growth") & (runs.optimizer == o)]
+        norms, updates, errors = axes[2 * k]
+        measures, growing, gaps = axes[2 * k + 1]
+        several, fewer = f"{windows.seed.nunique()} seeds", f"{growth.seed.nunique()} seeds"
         along = plots.curves(windows[["window", "seed", "step", "norm"]], "step", "norm")
-        plots.lines(row[0], along, "step", "norm", "window", WINDOWS)
-        row[0].set(xlabel="step", ylabel="norm of the kernels", yscale="log")
-        row[0].set_title(f"{o}: decay…")
+        plots.lines(norms, along, "step", "norm", "window", WINDOWS)
+        norms.set(xlabel="step", ylabel="norm of the kernels", yscale="log")
+        norms.set_title(f"{o}: norm, by when there is decay, {several}")
         along = plots.curves(windows[["window", "seed", "step", "update"]], "step", "update")
-        plots.lines(row[1], along, "step", "update", "window", WINDOWS)
-        row[1].set(xlabel="step", ylabel="|update| / |w|", yscale="log")
-        row[1].set_title(f"{o}: the update beside the weights")
-        plots.dots(row[2], windows, "window", "error", WINDOWS)
-        row[2].set(xlabel="decay…", ylabel="test error, %")
-        row[2].set_title(f"{o}: test error, {windows.seed.nunique()} seeds")
+        plots.lines(updates, along, "step", "update", "window", WINDOWS)
+        updates.set(xlabel="step", ylabel="|update| / |w|", yscale="log", ylim=(1e-6, 0.3))
+        updates.set_title(f"{o}: update beside the weights, {several}")
+        plots.dots(errors, windows, "window", "error", WINDOWS)
+        errors.set(xlabel="when there is decay", ylabel="test error, %")
+        errors.set_title(f"{o}: test error, {several}")
+        for i, (value, label) in enumerate(MEASURES.items()):
+            chosen = by_seed(windows, value, "window")
+            apart = chosen.div(chosen["never"], axis=0)[list(WINDOWS)]
+            style = {"color": plots.PALETTE[i], "fmt": "o:", "capsize": 3, "label": label}
+            measures.errorbar(WINDOWS, apart.mean(), yerr=apart.std(), **style)
+        measures.set(xlabel="when there is decay", ylabel="at the end, over that of never")
+        measures.set_yscale("log")
+        measures.set_ylim(bottom=0.03)
+        measures.set_title(f"{o}: what measures say, {several}")
+        measures.legend(fontsize="small", loc="lower center", ncols=2)
         along = plots.curves(growth[["data", "seed", "epoch", "norm"]], "epoch", "norm")
-        plots.lines(row[3], along, "epoch", "norm", "data", DATA)
-        row[3].set(xlabel="epochs", ylabel="norm of the kernels", xscale="log")
-        row[3].set_title(f"{o} without decay: growth")
-        plots.dots(row[4], growth, "data", "gap", DATA)
-        row[4].set(xlabel="", ylabel="test − training error, points")
-        row[4].set_xticks(range(4), [d.replace(" ", "\n", 1) for d in DATA])
-        row[4].set_title(f"{o}: generalisation gap, {growth.seed.nunique()} seeds")
-    figure.suptitle("Decay early, late, always or never; lines are means, bands one s.d.")
+        plots.lines(growing, along, "epoch", "norm", "data", DATA)
+        growing.set(xlabel="epochs", ylabel="norm of the kernels", xscale="log")
+        growing.set_title(f"{o} without decay: growth, {fewer}")
+        plots.dots(gaps, growth, "data", "gap", DATA)
+        gaps.set(xlabel="", ylabel="test − training error, points")
+        gaps.set_xticks(range(4), [d.replace(" ", "\n", 1) for d in DATA])
+        gaps.set_title(f"{o} without decay: generalisation gap, {fewer}")
+    figure.suptitle(f"When decay acts, and what weights grow from. {plots.READING}")
     return figure
 
 

@@ -308,9 +308,10 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
 
 def figure(runs: pd.DataFrame) -> Figure:
     """A row for each optimizer: heat maps over the grid, the Jacobian, distances."""
-    figure, axes = plots.new_figure(2, 4, 22, 9.5)
+    figure, axes = plots.new_figure(4, 2, 14, 21)
     seeds = runs.seed.nunique()
-    for row, o in zip(axes, OPTIMIZERS, strict=True):
+    for k, o in enumerate(OPTIMIZERS):
+        row = [*axes[2 * k], *axes[2 * k + 1]]
         chosen = runs[runs.optimizer == o]
         for ax, value, label, fmt in (
             (row[0], "error", "test error, %", ".1f"),
@@ -321,34 +322,36 @@ def figure(runs: pd.DataFrame) -> Figure:
             grid.index, grid.columns = map("{:g}".format, grid.index), map("{:g}".format, grid)
             plots.heat(ax, grid, label, fmt)
             ax.set(xlabel="learning rate η", ylabel="decay λ")
-            ax.set_title(f"{o}: {label}\n(diagonals from top left: equal ηλ)")
-        for value, label, k in (
+            ax.set_title(
+                f"{o}: {label}, mean of {seeds} seeds\n(ηλ is equal along falling diagonals)"
+            )
+        for value, label, i in (
             ("jacobian", "η constant", 0),
             ("final_jacobian", "after η fell", 1),
         ):
-            color = plots.PALETTE[k]
+            color = plots.PALETTE[i]
             row[2].scatter(chosen["product"], chosen[value], s=12, alpha=0.4, color=color)
             means = chosen.groupby("product")[value].mean()
             row[2].plot(means.index, means, color=color, label=label)
         row[2].set(xlabel="product ηλ, 1/step", ylabel="Frobenius norm, logits per unit of pixel")
         row[2].set(xscale="log", yscale="log")
-        row[2].set_title(f"{o}: norm of the network's Jacobian")
+        row[2].set_title(f"{o}: norm of the network's Jacobian, {seeds} seeds")
         row[2].legend()
-        for value, label, k in (
+        for value, label, i in (
             ("last_final", "last weights – fine-tuned", 1),
             ("average_final", "average – fine-tuned", 0),
             ("snapshot_ensemble", "snapshot – ensemble", 3),
             ("average_ensemble", "average – ensemble", 2),
         ):
             means = chosen.groupby("product")[value]
-            style = {"color": plots.PALETTE[k], "label": label, "capsize": 2, "marker": "o"}
+            style = {"color": plots.PALETTE[i], "label": label, "capsize": 2, "marker": "o"}
             row[3].errorbar(means.mean().index, means.mean(), yerr=means.std(), **style)
         row[3].set(
             xlabel="product ηλ, 1/step", ylabel="total variation distance, 0 to 1", xscale="log"
         )
-        row[3].set_title(f"{o}: how far predictions are apart")
+        row[3].set_title(f"{o}: how far predictions are apart, {seeds} seeds")
         row[3].legend()
-    figure.suptitle(f"A ResNet trained for many epochs, 30% of its labels wrong; {seeds} seeds")
+    figure.suptitle("A ResNet in many epochs, 30% of its labels wrong. Dots: runs; bars: one s.d.")
     return figure
 
 

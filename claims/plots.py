@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 PALETTE = sns.color_palette("colorblind")
 GRAY = "#8a8a8a"
+READING = "Lines, large dots: means; bands: lowest to highest run; bars: one s.d.; gray dots: runs"
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
@@ -32,8 +33,8 @@ def curves(runs: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
 
 
 def lines(axes: Axes, data: pd.DataFrame, x: str, y: str, hue: str, names: Sequence[str]) -> None:
-    """A line through each name's means, in a band of one standard deviation over the seeds."""
-    options = {"hue": hue, "hue_order": names, "palette": colors(names), "errorbar": "sd"}
+    """A line through each name's means, in a band from the lowest to the highest seed."""
+    options = {"hue": hue, "hue_order": names, "palette": colors(names), "errorbar": ("pi", 100)}
     sns.lineplot(data=data, x=x, y=y, ax=axes, **options)
     axes.legend(title=None, fontsize="small")
 

@@ -177,8 +177,8 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
 
 def figure(runs: pd.DataFrame) -> Figure:
     """Gradients over time, gradients and errors at the end, and errors over the grids."""
-    figure, axes = plots.new_figure(1, 4, 22, 5.4)
-    along, last, errors, grid = axes[0]
+    figure, axes = plots.new_figure(2, 2, 14, 10.5)
+    along, last, errors, grid = axes.flat
     chosen, seeds = tuned(runs), runs.seed.nunique()
     color = plots.colors(METHODS)
     curves = plots.curves(chosen[["method", "seed", "step", "gradients"]], "step", "gradients")
@@ -202,6 +202,7 @@ def figure(runs: pd.DataFrame) -> Figure:
     grid.set(xscale="log")
     grid.set_title(f"every decay of the grids, {seeds} seeds")
     grid.legend(fontsize="small")
+    figure.suptitle(f"Gradients and errors by kind of decay. {plots.READING}")
     return figure
 
 

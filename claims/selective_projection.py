@@ -247,11 +247,11 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
 
 def figure(runs: pd.DataFrame) -> Figure:
     """Accuracies over the grids, the tuned ones, and which layers SPD contracted when."""
-    figure, axes = plots.new_figure(1, 4, 24, 6.2)
+    figure, axes = plots.new_figure(2, 2, 16, 13)
     names = [*FULL, *LORA]
     color = plots.colors(names)
     seeds = runs.seed.nunique()
-    trade, inside, outside, layers = axes[0]
+    trade, layers, inside, outside = axes.flat
     for name in names:
         means = runs[runs.method == name].groupby("decay")[["inside", "outside"]].mean()
         style = {"marker": "o", "color": color[name], "label": name}
@@ -260,7 +260,7 @@ def figure(runs: pd.DataFrame) -> Figure:
         for decay, point in means.iterrows():
             trade.annotate(f"{decay:g}", (point.inside, point.outside), fontsize=7)
     trade.set(xlabel="accuracy in distribution, %", ylabel="accuracy out of distribution, %")
-    trade.set_title(f"each decay of the grids, mean of {seeds} seeds")
+    trade.set_title(f"every decay of the grids (numbers at dots), mean of {seeds} seeds")
     trade.legend(fontsize="small")
     chosen = tuned(runs)
     for ax, value, title in (
@@ -279,7 +279,7 @@ def figure(runs: pd.DataFrame) -> Figure:
     layers.set(xlabel="step", ylabel="")
     layers.tick_params(axis="y", labelsize=8)
     layers.set_title(f"what SPD contracted when (decay {spd.decay.iloc[0]:g}, {seeds} seeds)")
-    figure.suptitle("Fine-tuning a ViT to digits tilted by 45°; numbers at dots: the decay")
+    figure.suptitle(f"Fine-tuning a ViT to digits tilted by 45°. {plots.READING}")
     return figure
 
 
