@@ -2,7 +2,7 @@
 
 A weight under AdamW is an exponential average of the updates u/(ηλ) over 1/(ηλ) steps. A ResNet
 reads digits of which three in ten have a wrong label, with batches of 16, 32 and 64 over 24 epochs,
-and with batches of 32 over 12 and 48 epochs. Decays are such that τ, counted in epochs, takes the
+and with batches of 32 over 12 epochs. Decays are such that τ, counted in epochs, takes the
 same values in each; with batches twice as large, the same τ is twice the λ.
 
 If τ in epochs is what counts, the test errors of equal τ agree, and those of equal λ do not.
@@ -38,7 +38,7 @@ class Settings:
     epochs: int = 24
     batches: tuple[int, ...] = (16, 32, 64)
     batch: int = 32
-    lengths: tuple[int, ...] = (12, 48)  # epochs, beside the 24
+    lengths: tuple[int, ...] = (12,)  # epochs, beside the 24
     taus: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)  # in epochs
 
 

@@ -3,7 +3,7 @@
 Two parts. In the first there is no gradient, so that AdamW's weights follow (1 − ηλ)^t w exactly:
 the norm of a ViT's weights is compared with that closed form. In the second the ViT learns digits,
 with weights stored in bfloat16 and computed with in float32: the norm is compared with that of the
-same run in float32.
+same run in float32. "nearest" sums step and decay before it rounds, torch.optim rounds after each.
 """
 
 from __future__ import annotations

@@ -184,11 +184,15 @@ def figure(runs: pd.DataFrame) -> Figure:
                     record.step, record.losses, color=color[decay], alpha=0.7, label=label
                 )
         column[0].set(xlabel="learning rate", ylabel="runs that diverged, %", ylim=(-4, 104))
+        column[0].set_xticks(sorted(runs.lr.unique()))
         column[0].set_title(f"weights in {stored}, {seeds_} seeds")
         column[0].legend()
         column[1].set(xlabel="step", ylabel="training loss, nats a character", yscale="log")
-        column[1].set_title(f"{stored}, learning rate {largest:g}: each of {seeds_} seeds")
+        column[1].set_yticks(ticks := [3, 5, 10, 20, 50], ticks)
+        column[1].set_yticks([], minor=True)
+        column[1].set_title(f"{stored}, rate {largest:g}, {seeds_} seeds")
         column[1].legend()
+    figure.suptitle("Which runs diverge; below, the loss of every run at the largest rate")
     return figure
 
 

@@ -34,7 +34,9 @@ def curves(runs: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
 
 def lines(axes: Axes, data: pd.DataFrame, x: str, y: str, hue: str, names: Sequence[str]) -> None:
     """A line through each name's means, in a band from the lowest to the highest seed."""
-    options = {"hue": hue, "hue_order": names, "palette": colors(names), "errorbar": ("pi", 100)}
+    options: dict[str, Any] = {"hue": hue, "hue_order": names, "palette": colors(names)}
+    options |= {"style": hue, "style_order": names}  # so that lines on top of each other are seen
+    options |= {"errorbar": ("pi", 100), "err_kws": {"alpha": 0.15}}
     sns.lineplot(data=data, x=x, y=y, ax=axes, **options)
     axes.legend(title=None, fontsize="small")
 

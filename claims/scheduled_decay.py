@@ -30,7 +30,7 @@ from claims.training import cosine, set_lr, sgd
 @dataclass(frozen=True)
 class Settings:
     seeds: int = 5
-    steps: int = 600
+    steps: int = 500
     batch: int = 32
     wrong: float = 0.3
     lr: float = 5e-3

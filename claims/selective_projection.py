@@ -49,7 +49,7 @@ from claims.training import cosine, set_lr, sgd
 @dataclass(frozen=True)
 class Settings:
     seeds: int = 5
-    pretrain_steps: int = 1500
+    pretrain_steps: int = 1200
     pretrain_batch: int = 64
     steps: int = 200
     batch: int = 32
@@ -61,9 +61,9 @@ class Settings:
     adamw: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     l2sp: tuple[float, ...] = (3.0, 10.0, 30.0, 100.0)
     spd: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0)
-    sgd: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
-    lora_adamw: tuple[float, ...] = (1.0, 3.0, 10.0)
-    lora_spd: tuple[float, ...] = (1.0, 4.0, 16.0)
+    sgd: tuple[float, ...] = (1e-3, 1e-2)
+    lora_adamw: tuple[float, ...] = (3.0, 10.0)
+    lora_spd: tuple[float, ...] = (4.0, 16.0)
 
 
 SETTINGS = Settings()

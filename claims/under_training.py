@@ -38,7 +38,7 @@ class Settings:
     steps: int = 420
     fall: int = 140  # of them, while η falls
     batch: int = 8
-    width: int = 64
+    width: int = 48
     lr: float = 1e-2
     decay: float = 0.3
     others: tuple[float, ...] = (0.1, 1.0)  # decays beside it, in float32
@@ -303,7 +303,7 @@ EXPERIMENT = Experiment(
     method=__doc__ or "",
     settings=SETTINGS,
     tiny=TINY,
-    seconds=4.0,
+    seconds=2.8,
     plan=plan,
     run=run,
     predictions=PREDICTIONS,
