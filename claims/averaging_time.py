@@ -222,6 +222,7 @@ def notes(runs: pd.DataFrame) -> list[str]:
 
 
 EXPERIMENT = Experiment(
+    number="6",
     name="averaging_time",
     title="AdamW as an average",
     source="Wang & Aitchison 2024 (arXiv 2405.13698)",

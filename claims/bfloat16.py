@@ -217,6 +217,7 @@ def notes(runs: pd.DataFrame) -> list[str]:
 
 
 EXPERIMENT = Experiment(
+    number="7",
     name="bfloat16",
     title="bfloat16 eats decay",
     source="our own; stochastic and compensated rounding: Zamirai et al. 2020 (arXiv 2010.06192)",

@@ -401,6 +401,7 @@ def notes(runs: pd.DataFrame) -> list[str]:
 
 
 EXPERIMENT = Experiment(
+    number="2",
     name="decoupling",
     title="Why decoupling helps",
     source="Bjorck, Weinberger & Gomes, AAAI 2021 (arXiv 2012.13841)",

@@ -209,6 +209,7 @@ def notes(runs: pd.DataFrame) -> list[str]:
 
 
 EXPERIMENT = Experiment(
+    number="4c",
     name="divergence",
     title="Decay keeps bfloat16 from diverging",
     source="Andriushchenko, D'Angelo, Varre & Flammarion, NeurIPS 2024 (arXiv 2310.04415)",

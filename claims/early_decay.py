@@ -364,6 +364,7 @@ def notes(runs: pd.DataFrame) -> list[str]:
 
 
 EXPERIMENT = Experiment(
+    number="1",
     name="early_decay",
     title="Early decay",
     source="Bjorck, Weinberger & Gomes, AAAI 2021 (arXiv 2012.13841); Golatkar, Achille & Soatto, "

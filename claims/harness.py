@@ -43,6 +43,7 @@ Record = dict[str, Any]
 class Experiment:
     """One claim: what is run, what was predicted before, and how it is shown."""
 
+    number: str  # on the page
     name: str  # of its file
     title: str
     source: str  # the paper

@@ -388,6 +388,7 @@ def notes(runs: pd.DataFrame) -> list[str]:
 
 
 EXPERIMENT = Experiment(
+    number="4a",
     name="over_training",
     title="Over-training: learning rate times decay",
     source="Andriushchenko, D'Angelo, Varre & Flammarion, NeurIPS 2024 (arXiv 2310.04415)",

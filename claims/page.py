@@ -96,18 +96,18 @@ def examined(finding: Finding) -> str:
     ).replace("± ", "±")
     needed = seeds_needed(finding)
     if needed is None:
-        return f"{said} The mean is on the wrong side: more seeds of this kind would not help."
+        return f"{said} The mean is on the wrong side of it: more such seeds would not help."
     if needed <= len(finding.numbers):
         return f"{said} Alone it would pass; among this many predictions it does not."
     return f"{said} The mean is on the right side: {needed} such seeds would have shown it alone."
 
 
-def section(number_: int, experiment: Experiment) -> str:
+def section(experiment: Experiment) -> str:
     """The part of the page that shows one experiment."""
     script = f"[claims/{experiment.name}.py](../../claims/{experiment.name}.py)"
     claim, _, done = experiment.method.strip().partition("\n\n")
     parts = [
-        f"## {number_}. {experiment.title}",
+        f"## {experiment.number}. {experiment.title}",
         f"**{claim}** Source: {experiment.source}. Script of the runs and the figure: {script}.",
         done,
     ]
@@ -162,16 +162,16 @@ was taken, by data that the test does not use; what is not called tuned is not t
 def write(experiments: Sequence[Experiment]) -> None:
     """Write the page."""
     rows, minutes = [], 0.0
-    for k, experiment in enumerate(experiments, start=1):
+    for experiment in experiments:
         loaded, said, holding = load(experiment), NOT_RUN, "–"
         if loaded:
             facts = findings(experiment.predictions, loaded[1])
             said, holding = verdict(facts), f"{sum(f.holds for f in facts)} of {len(facts)}"
             minutes += loaded[0]["processor_seconds"] / 60
-        rows.append([f"{k}. {experiment.title}", f"**{said}**", holding])
+        rows.append([f"{experiment.number}. {experiment.title}", f"**{said}**", holding])
     overview = markdown(pd.DataFrame(rows, columns=["claim", "verdict", "predictions that hold"]))
     cost = f"All runs together took {minutes:.0f} minutes of processor time, two at a time."
-    sections = [section(k, experiment) for k, experiment in enumerate(experiments, start=1)]
+    sections = map(section, experiments)
     text = [INTRODUCTION.format(alpha=ALPHA), overview, cost, *sections]
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.write_text("\n\n".join(text) + "\n")

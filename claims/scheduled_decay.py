@@ -227,6 +227,7 @@ def notes(runs: pd.DataFrame) -> list[str]:
 
 
 EXPERIMENT = Experiment(
+    number="5",
     name="scheduled_decay",
     title="Scheduled Weight Decay",
     source="Xie et al., NeurIPS 2023 (arXiv 2011.11152)",

@@ -319,6 +319,7 @@ def notes(runs: pd.DataFrame) -> list[str]:
 
 
 EXPERIMENT = Experiment(
+    number="3",
     name="selective_projection",
     title="Selective Projection Decay",
     source="Tian, Huang & Kira, NeurIPS 2024 (arXiv 2411.01713)",

@@ -9,8 +9,10 @@ import pandas as pd
 
 
 def number(x: float) -> str:
-    """A number with 3 significant digits, in words where it is none."""
-    if not math.isfinite(x):
+    """A number with 3 significant digits; a dash if it is none."""
+    if math.isinf(x):
+        return "∞" if x > 0 else "-∞"
+    if math.isnan(x):
         return "–"
     if x == 0 or 0.01 <= abs(x) < 10_000:
         digits = 2 if x == 0 else max(0, 2 - math.floor(math.log10(abs(x))))
@@ -35,6 +37,10 @@ def summary(runs: pd.DataFrame, by: Sequence[str], shown: Mapping[str, str]) -> 
 
 def markdown(table: pd.DataFrame) -> str:
     """The table in Markdown."""
-    cells = [[number(x) if isinstance(x, float) else str(x) for x in row] for row in table.values]
-    lines = [[str(head) for head in table.columns], ["---"] * len(table.columns), *cells]
+
+    def cell(x: object) -> str:
+        return (number(x) if isinstance(x, float) else str(x)).replace("|", "\\|")
+
+    cells = [[cell(x) for x in row] for row in table.to_numpy(object)]
+    lines = [[cell(head) for head in table.columns], ["---"] * len(table.columns), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -178,4 +178,5 @@ def test_numbers_as_they_are_written() -> None:
     assert [number(x) for x in (0.0, 0.01234, 1.234, 123.4, 1e-5, float("nan"))] == [
         "0.00", "0.012", "1.23", "123", "1e-05", "–",
     ]  # fmt: skip
-    assert markdown(pd.DataFrame({"a": ["x"], "b": [0.5]})).splitlines()[-1] == "| x | 0.500 |"
+    written = markdown(pd.DataFrame({"a": ["|w|"], "b": [0.5]}))
+    assert written.splitlines()[-1] == r"| \|w\| | 0.500 |"
