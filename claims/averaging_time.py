@@ -16,6 +16,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TypeAlias
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from torch.nn import functional as F
@@ -88,13 +89,13 @@ def run(s: Settings, cell: Cell) -> Record:
 Quantity: TypeAlias = Callable[[pd.DataFrame], pd.Series]
 
 
-def disagreement(runs: pd.DataFrame, kind: str, like: Quantity, value: str = "error") -> float:
+def disagreement(runs: pd.DataFrame, kind: str, like: Quantity, value: str = "error") -> np.float64:
     """The mean difference of neighbouring values of `kind` at the same `like`."""
     table = runs.assign(like=like(runs).map("{:.4g}".format)).pivot_table(
         index="like", columns=kind, values=value
     )
     gaps = [(table[a] - table[b]).abs() for a, b in pairwise(table)]
-    return float(pd.concat(gaps).mean())
+    return np.float64(pd.concat(gaps).mean())  # which divides by 0
 
 
 def chosen(runs: pd.DataFrame, kind: str) -> pd.DataFrame:

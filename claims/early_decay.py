@@ -51,7 +51,7 @@ class Settings:
 
 SETTINGS = Settings()
 TINY = Settings(
-    seeds=2, steps=10, growth_seeds=1, growth_steps=6, power_iterations=2, measure_every=5
+    seeds=2, steps=8, growth_seeds=1, growth_steps=4, power_iterations=1, measure_every=4
 )
 WINDOWS = "never", "always", "early", "late"
 DATA = "true labels", "random labels", "few examples", "noise as input"

@@ -55,7 +55,7 @@ class Settings:
 
 SETTINGS = Settings()
 TINY = Settings(
-    seeds=2, steps=12, fall=4, snapshots=2, every=3, adamw_lr=(5e-3, 1e-2), adamw_decay=(1.0,),
+    seeds=2, steps=12, fall=4, snapshots=2, every=3, adamw_lr=(5e-3, 1e-2), adamw_decay=(2.0,),
     sgd_lr=(0.1, 0.2), sgd_decay=(1e-2,),
 )  # fmt: skip
 OPTIMIZERS = "AdamW", "SGD"

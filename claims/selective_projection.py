@@ -68,7 +68,7 @@ class Settings:
 
 SETTINGS = Settings()
 TINY = Settings(
-    seeds=2, pretrain_steps=8, steps=6, adamw=(1.0,), l2sp=(1.0,), spd=(1.0,), sgd=(1e-3,),
+    seeds=2, pretrain_steps=4, steps=4, adamw=(1.0,), l2sp=(1.0,), spd=(1.0,), sgd=(1e-3,),
     lora_adamw=(1.0,), lora_spd=(1.0,),
 )  # fmt: skip
 FULL = "none", "AdamW", "L2-SP", "SPD", "SGD, none", "SGD, L2"

@@ -73,6 +73,7 @@ def test_experiment_at_a_tiny_setting(name: str, elsewhere: Path) -> None:
 def test_what_has_run_is_not_run_again(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = EXPERIMENTS["bfloat16"]
     experiment = replace(whole, settings=replace(whole.tiny, seeds=1, steps=4, still_steps=4))
+    monkeypatch.setattr(harness, "WORKERS", 1)
     console = Console(quiet=True)
     plan = experiment.plan(experiment.settings)
     first = harness.perform("claims.bfloat16", experiment.settings, plan[0])
