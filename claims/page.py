@@ -76,7 +76,7 @@ def print_verdicts(experiments: Sequence[Experiment], console: Console) -> None:
             continue
         found = findings(experiment.predictions, loaded[1])
         table = Table(title=f"{experiment.title}: {verdict(found)}", title_justify="left")
-        shown = [0, 3, 5, 6, 7, 8, 9]
+        shown = [0, 3, 4, 5, 6, 7, 8, 9]
         for k in shown:
             table.add_column(HEADS[k], justify="left" if k == 0 else "right")
         for finding in found:

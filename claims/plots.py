@@ -44,7 +44,8 @@ def lines(axes: Axes, data: pd.DataFrame, x: str, y: str, hue: str, names: Seque
 def dots(axes: Axes, data: pd.DataFrame, x: str, y: str, names: Sequence[str], **more: Any) -> None:
     """Each run as a dot, each name's mean and standard deviation beside them."""
     options = {"order": names, "ax": axes, **more}
-    sns.stripplot(data=data, x=x, y=y, color=GRAY, size=4, alpha=0.7, **options)
+    # Without jitter, which is by chance: the same numbers give the same picture, byte by byte.
+    sns.stripplot(data=data, x=x, y=y, color=GRAY, size=5, alpha=0.6, jitter=False, **options)
     sns.pointplot(
         data=data,
         x=x,
