@@ -30,7 +30,7 @@ from claims import plots
 from claims.data import CONTEXT, VOCABULARY, rows, text, unseen_text
 from claims.harness import Cell, Experiment, Record, seeds
 from claims.networks import GPT, next_character_loss, norm
-from claims.statistics import Prediction, best, by_seed
+from claims.statistics import Prediction, at_an_edge, best, by_seed
 from claims.tables import mean_and_spread, summary
 from claims.training import cosine, set_lr
 
@@ -384,6 +384,12 @@ def notes(runs: pd.DataFrame) -> list[str]:
             for m, g in chosen.groupby("method", sort=False)
         )
         said.append(f"{part}, tuned, {unit}: {listed}.")
+        edges = [
+            edge
+            for setting in ("lr", "decay")
+            for edge in at_an_edge(runs[runs.part == part], chosen, "method", setting)
+        ]
+        said.append(f"{part}: tuned to an edge of the grid: {', '.join(edges) or 'none'}.")
         shares = good(runs, part)
         listed = ", ".join(f"{m} {mean_and_spread(shares[m])}" for m in METHODS)
         said.append(f"{part}: good part of the grid in percent: {listed}.")

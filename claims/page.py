@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 import pandas as pd
@@ -95,6 +96,11 @@ def examined(finding: Finding) -> str:
         f"{number(prediction.threshold)} was expected (p before Holm: {p_value(finding.raw)})."
     ).replace("± ", "±")
     needed = seeds_needed(finding)
+    lost = sum(not isfinite(x) for x in finding.numbers)
+    if lost:
+        return (
+            f"{said} {lost} of {len(finding.numbers)} ended in no number and are not in the mean."
+        )
     if needed is None:
         return f"{said} The mean is on the wrong side of it: more such seeds would not help."
     if needed <= len(finding.numbers):

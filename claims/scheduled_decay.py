@@ -22,7 +22,7 @@ from claims import plots
 from claims.data import IMAGES, TEST, TRAIN, VALID, hard, partly_wrong, rows
 from claims.harness import Cell, Experiment, Record, seeds
 from claims.networks import decayed, error_and_loss, grouped, norm, resnet
-from claims.statistics import Prediction, best, by_seed
+from claims.statistics import Prediction, at_an_edge, best, by_seed
 from claims.tables import mean_and_spread, number, summary
 from claims.training import cosine, set_lr, sgd
 
@@ -214,6 +214,8 @@ def notes(runs: pd.DataFrame) -> list[str]:
         for m, g in chosen.groupby("method", sort=False)
     )
     said = [f"Test error, tuned: {listed}."]
+    edges = ", ".join(at_an_edge(runs, chosen, "method", "decay")) or "none"
+    said.append(f"Tuned to an edge of their grid: {edges}.")
     # Larger decays give larger gradients: the trade is told apart from the method at equal norms.
     for m in ("AdamW", "AdamSWD"):
         points = runs[runs.method == m].groupby("decay")[["norm", "gradient", "error"]].mean()

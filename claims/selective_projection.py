@@ -41,7 +41,7 @@ from claims.data import (
 )  # fmt: skip
 from claims.harness import Cell, Experiment, Record, seeds
 from claims.networks import ViT, error_and_loss, grouped, norm, with_lora
-from claims.statistics import Prediction, best, by_seed
+from claims.statistics import Prediction, at_an_edge, best, by_seed
 from claims.tables import mean_and_spread, number, summary
 from claims.training import cosine, set_lr, sgd
 
@@ -291,7 +291,8 @@ def notes(runs: pd.DataFrame) -> list[str]:
     ]
     chosen = tuned(runs)
     listed = ", ".join(f"{m} {g.decay.iloc[0]:g}" for m, g in chosen.groupby("method", sort=False))
-    said.append(f"Tuned decays: {listed}.")
+    edges = ", ".join(at_an_edge(runs, chosen, "method", "decay")) or "none"
+    said.append(f"Tuned decays: {listed}. At an edge of their grid: {edges}.")
     listed = ", ".join(
         f"{m} {mean_and_spread(g.distance)}"
         for m, g in chosen.groupby("method", sort=False)

@@ -149,3 +149,17 @@ def best(runs: pd.DataFrame, family: str, choice: Sequence[str], score: str) -> 
     means = scores.groupby([family, *choice], dropna=False)[score].mean().reset_index()
     chosen = means.loc[means.groupby(family)[score].idxmin(), [family, *choice]]
     return runs.merge(chosen, on=[family, *choice])
+
+
+def at_an_edge(runs: pd.DataFrame, tuned: pd.DataFrame, family: str, setting: str) -> list[str]:
+    """The families whose best setting is the lowest or the highest of their grid.
+
+    What lies beyond was not tried: they may be less than well tuned.
+    """
+    found = []
+    for name, group in runs.groupby(family, sort=False):
+        grid = sorted(group[setting].unique())
+        value = tuned[tuned[family] == name][setting].iloc[0]
+        if len(grid) > 1 and value in (grid[0], grid[-1]):
+            found.append(f"{name} ({setting} {value:g})")
+    return found
