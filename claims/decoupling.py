@@ -81,7 +81,7 @@ def plan(s: Settings) -> list[Cell]:
     return [
         {"part": part, "method": method, "lr": lr, "decay": decay, "seed": seed}
         for (part, method), (rates, decays) in grids.items()
-        for seed in seeds(s.text_seeds if part == "text" else s.game_seeds)
+        for seed in seeds(s.text_seeds if part == "text" else s.game_seeds, first=300)
         for lr, decay in product(rates, decays)
     ]
 

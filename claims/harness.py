@@ -89,9 +89,12 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame([{**r["cell"], **r["result"]} for r in records])
 
 
-def seeds(count: int) -> range:
-    """The seeds of the runs. Settings were chosen with others, so that no run was seen before."""
-    return range(200, 200 + count)
+def seeds(count: int, first: int = 200) -> range:
+    """The seeds of the runs. Settings were chosen with others, so that no run was seen before.
+
+    An experiment that was changed after it had begun takes others: `first` says from where.
+    """
+    return range(first, first + count)
 
 
 # ---- running -------------------------------------------------------------------------------------

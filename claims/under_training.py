@@ -56,7 +56,7 @@ POWER = {"follows η/|w|²": 2, "follows η/|w|": 1}
 
 def plan(s: Settings) -> list[Cell]:
     cells: list[Cell] = []
-    for seed in seeds(s.seeds):
+    for seed in seeds(s.seeds, first=300):
         for storage in STORAGES:
             for kind in KINDS:
                 decay = s.decay if kind == "decay" else 0.0
