@@ -492,7 +492,7 @@ def test_averages_of_a_state_dict_without_them(backend: str, known: bool) -> Non
     train(plain, params, range(2, 3))
     checkpoint = saved(plain.state_dict())
     if not known:
-        del checkpoint["param_groups"][0]["method"]
+        del checkpoint["param_groups"][0]["decoupled_weight_decay"]
     optimizer = wd.AdamW(params, lr=0.1, backend=backend, ema_decay=0.5)
     train(optimizer, params, range(3, 4))
     optimizer.load_state_dict(checkpoint)
