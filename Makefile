@@ -9,10 +9,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo sharded test bench gpu lint wheel wheels clean
+.PHONY: help demo sharded claims claims-verdicts test bench gpu lint wheel wheels clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo "PYTHON=python3.12 names the interpreter of a new $(VENV), CXX=clang++ the compiler."
 
 demo: $(VENV)/installed ## fine-tune a small network with every optimizer (examples/out/)
@@ -20,6 +20,12 @@ demo: $(VENV)/installed ## fine-tune a small network with every optimizer (examp
 
 sharded: $(VENV)/installed ## train a small GPT by FSDP2 over two processes, and resume it
 	$(BIN)/python examples/fsdp2_stdlib.py
+
+claims: $(VENV)/installed ## try what papers claim of decay (docs/claims/); ANEW=1 runs all of it again
+	$(BIN)/python -m claims $(if $(ANEW),--anew) $(NAMES)
+
+claims-verdicts: $(VENV)/installed ## recompute every verdict from docs/claims/*.json, in seconds
+	$(BIN)/python -m claims --verdicts $(NAMES)
 
 test: $(VENV)/installed ## run the tests
 	$(BIN)/python -m pytest
@@ -43,7 +49,7 @@ wheels: $(VENV)/ready ## wheels to hand out: without CUDA, and for each toolkit 
 	.ci/wheels $(BIN)/python
 
 clean: ## remove whatever the other targets made, .venv included
-	rm -rf $(VENV) build dist examples/out *.egg-info wdkernels/_C.*.so
+	rm -rf $(VENV) build dist claims/out examples/out *.egg-info wdkernels/_C.*.so
 	rm -rf .benchmarks .hypothesis .*_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -20,6 +20,21 @@ constexpr int kRun = 16;
 
 // ---- elementwise -------------------------------------------------------------------------------
 
+// Elements of a stream that are asked of memory at a time, and how many bytes ahead of the loop; 0:
+// what the processor foresees by itself is as good. AVX-512's loop is done with a line of every stream
+// before that has asked for the next ones: without, it takes an eighth longer beyond the caches.
+#ifdef __AVX512F__
+constexpr int kAsked = 64, kAhead = 2048;
+#else
+constexpr int kAsked = 0, kAhead = 0;
+#endif
+
+template <class T>
+WDK_INLINE void ask_for(const T* stream) {
+  const char* first = reinterpret_cast<const char*>(stream) + kAhead;
+  for (size_t i = 0; i < kAsked * sizeof(T); i += 64) __builtin_prefetch(first + i);
+}
+
 template <Decay decay, bool anchored, bool amsgrad, bool cautious, class T>
 void step(const Tile<T>& s, const Coefficients<T>& coefficients) {
   constexpr Variant is{decay, anchored, amsgrad, cautious};
@@ -31,13 +46,17 @@ void step(const Tile<T>& s, const Coefficients<T>& coefficients) {
   T* __restrict vmax = s.vmax;
   const T* __restrict a = s.a;
   const int n = s.n;
-  for (int i = 0; i < n; ++i) {
-    Element<T> x{w[i], g[i], m[i], v[i], amsgrad ? vmax[i] : T(0), anchored ? a[i] : T(0), 0, 0};
-    update(x, c, is);
-    w[i] = x.w;
-    m[i] = x.m;
-    v[i] = x.v;
-    if (amsgrad) vmax[i] = x.vmax;
+  for (int begin = 0, end; begin < n; begin = end) {
+    end = kAsked && n - begin > kAsked ? begin + kAsked : n;
+    if (kAsked) ask_for(w + begin), ask_for(g + begin), ask_for(m + begin), ask_for(v + begin);
+    for (int i = begin; i < end; ++i) {
+      Element<T> x{w[i], g[i], m[i], v[i], amsgrad ? vmax[i] : T(0), anchored ? a[i] : T(0), 0, 0};
+      update(x, c, is);
+      w[i] = x.w;
+      m[i] = x.m;
+      v[i] = x.v;
+      if (amsgrad) vmax[i] = x.vmax;
+    }
   }
 }
 

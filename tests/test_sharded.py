@@ -4,13 +4,12 @@ together is what one does alone."""
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -380,7 +379,7 @@ def gradients_in_other_placements() -> None:
                 if g is None:
                     p.grad = None
                     continue
-                other = [Replicate() for _ in p.placements]
+                other: list[Any] = [Replicate() for _ in p.placements]
                 p.grad = distribute_tensor(g, p.device_mesh, other, src_data_rank=None)
                 if i == 4:  # a quarter, or half, in each process
                     size = p.device_mesh.size(p.device_mesh.ndim - 1)
@@ -665,15 +664,15 @@ def _models() -> tuple[torch.nn.Module, torch.nn.Module]:
 def zero_redundancy_optimizer() -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    for kind, options in ((wd.AdamSWD, {"max_grad_norm": 0.1}), (wd.AdamW, {"max_grad_norm": 0.1})):
+    options: dict[str, Any] = {**LOUD, "max_grad_norm": 0.1}
+    for kind in (wd.AdamSWD, wd.AdamW):
         model, twin = _models()
         hiding = ZeroRedundancyOptimizer(
             model.parameters(),
-            functools.partial(kind, process_group=dist.group.WORLD),
-            **LOUD,
+            partial(kind, process_group=dist.group.WORLD),
             **options,
         )
-        whole = kind(twin.parameters(), **LOUD, **options)
+        whole = kind(twin.parameters(), **options)
         for t in range(STEPS):
             for each, optimizer in ((model, hiding), (twin, whole)):
                 optimizer.zero_grad()
@@ -688,14 +687,15 @@ def zero_redundancy_optimizer() -> None:
 def fully_sharded_data_parallel() -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    for kind, options in ((wd.AdamSWD, {"max_grad_norm": 0.1}), (wd.AdamW, {"max_grad_norm": 0.1})):
+    options: dict[str, Any] = {**LOUD, "max_grad_norm": 0.1}
+    for kind in (wd.AdamSWD, wd.AdamW):
         model, twin = _models()
         hiding = FullyShardedDataParallel(
             model, use_orig_params=True, device_id=torch.device("cpu")
         )
         optimizers = [
-            kind(hiding.parameters(), **LOUD, **options, process_group=dist.group.WORLD),
-            kind(twin.parameters(), **LOUD, **options),
+            kind(hiding.parameters(), **options, process_group=dist.group.WORLD),
+            kind(twin.parameters(), **options),
         ]
         for t in range(STEPS):
             for each, optimizer in zip((hiding, twin), optimizers, strict=True):

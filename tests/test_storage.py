@@ -690,7 +690,7 @@ def test_a_checkpoint_without_storage_options_is_taken_by_16_bits(backend: str) 
     train(mine, params, range(3))
     checkpoint = saved(mine.state_dict())
     for group in checkpoint["param_groups"]:
-        del group["decoupled_weight_decay"]
+        del group["decoupled_weight_decay"]  # which earlier releases did not write
     for state in checkpoint["state"].values():
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = state[key].bfloat16()

@@ -467,7 +467,7 @@ def test_anchors_of_parameters_that_have_been_replaced(backend: str) -> None:
     optimizer = wd.AdamW([w], lr=0.1, anchor=[torch.zeros(2, 2)], backend=backend)
     optimizer.param_groups[0]["params"] = [flat]
     flat.grad = torch.ones(4)
-    with pytest.raises(ValueError, match=r"^parameter 0 of group 0 has no anchor: those"):
+    with pytest.raises(ValueError, match=r"^parameter 0 of group 0 has no anchor"):
         optimizer.step()
     assert torch.equal(flat, torch.ones(4))
     assert not optimizer.state

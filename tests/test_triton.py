@@ -958,7 +958,9 @@ def test_the_device_alone_knows_that_a_step_is_skipped(method: str, amsgrad: boo
     norm = torch.zeros((), dtype=torch.float64, device=DEVICE)
     skipped = torch.zeros((), dtype=torch.int64, device=DEVICE)
     no, yes = torch.zeros((), device=DEVICE), torch.ones((), device=DEVICE)
-    asked = Request(None, no, 1.0, True, norm, skipped, None)
+    asked = Request(
+        found_inf=no, max_grad_norm=1.0, skip_nonfinite=True, grad_norm=norm, skipped=skipped
+    )
     optimizer.request = asked
     train(optimizer, params, range(1))
     before = snapshot(optimizer, params)

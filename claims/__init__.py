@@ -1,0 +1,1 @@
+"""What the papers claim about weight decay, tried on a laptop: `python -m claims --help`."""
