@@ -41,7 +41,7 @@ from claims.data import (
 )  # fmt: skip
 from claims.harness import Cell, Experiment, Record, seeds
 from claims.networks import ViT, error_and_loss, grouped, norm, with_lora
-from claims.statistics import Prediction, at_an_edge, best, by_seed
+from claims.statistics import Direction, Prediction, at_an_edge, best, by_seed
 from claims.tables import mean_and_spread, number, summary
 from claims.training import cosine, set_lr, sgd
 
@@ -171,7 +171,8 @@ def run(s: Settings, cell: Cell) -> Record:
         F.cross_entropy(model(tilted[batch]), labels[batch]).backward()
         optimizer.step()
         if cell["method"] == "SPD":
-            for name, told in optimizer.telemetry().to_dict().items():  # type: ignore[attr-defined]
+            assert isinstance(optimizer, wd.AdamSPD)
+            for name, told in optimizer.telemetry().to_dict().items():
                 if name != "total":
                     selected.setdefault(name, []).append(told["selected"])
                     ratios.setdefault(name, []).append(told["selected"] * told["ratio"])
@@ -212,12 +213,14 @@ def gain(runs: pd.DataFrame, value: str, a: str, b: str) -> pd.Series:
     return chosen[a] - chosen[b]
 
 
-def _gain(says: str, value: str, a: str, b: str, direction: str, threshold: float) -> Prediction:
+def _gain(
+    says: str, value: str, a: str, b: str, direction: Direction, threshold: float
+) -> Prediction:
     where = {"inside": "in distribution", "outside": "out of distribution, mean of six shifts"}
     measure = f"accuracy {where[value]}, {a} − {b}, points"
     numbers = partial(gain, value=value, a=a, b=b)
     baseline = f"{b}, its decay tuned" if "none" not in b else "no decay: nothing to be tuned"
-    return Prediction(says, measure, numbers, direction, threshold, SETTINGS.seeds, baseline)  # type: ignore[arg-type]
+    return Prediction(says, measure, numbers, direction, threshold, SETTINGS.seeds, baseline)
 
 
 PREDICTIONS = (

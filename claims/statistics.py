@@ -19,6 +19,7 @@ import pandas as pd
 from scipy import stats
 
 ALPHA = 0.05
+Direction = Literal["above", "below", "within"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Prediction:
     says: str  # the sentence that the numbers are to support
     measure: str  # what the number of a seed is, and its unit
     numbers: Callable[[pd.DataFrame], pd.Series]  # by seed, or by pair of runs
-    direction: Literal["above", "below", "within"]
+    direction: Direction
     threshold: float
     runs: int  # how many numbers there are to be
     baseline: str  # what is compared with, and whether that was tuned

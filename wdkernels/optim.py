@@ -102,7 +102,7 @@ class _Adam(torch.optim.Optimizer):
         positional = {"lr": lr, "betas": betas, "eps": eps}
         positional |= {"weight_decay": weight_decay, "amsgrad": amsgrad}
         rows = {n: row for n, row in GROUP_OPTIONS.items() if self._method not in row.senseless}
-        defaults = {name: row.default for name, row in rows.items()}
+        defaults = {name: row.default_of(self._method) for name, row in rows.items()}
         super().__init__(params, {**defaults, **positional, **given})
         if not isinstance(anchor, str):
             self.defaults["anchor"] = "given"  # those tensors were for the first group

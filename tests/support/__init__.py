@@ -6,6 +6,7 @@ edges.py       gradients and weights that leave the usual numbers
 internals.py   whatever of wdkernels is looked at from within; all else goes by its front door
 """
 
+# A test imports all of these from here, so the names unused below (F401, F403) are this file's use.
 from support import internals  # noqa: F401
 from support.edges import *  # noqa: F403
 from support.internals import Eager  # noqa: F401
