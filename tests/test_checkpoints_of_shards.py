@@ -4,11 +4,8 @@ what FSDP2 keeps gathered while averages stand in the place of weights."""
 from __future__ import annotations
 
 import copy
-import os
 import time
-import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 import torch.distributed as dist
 from support import Variant, assert_same_bits, random
 from support.checkpoints import RUNS, Net, Run, train, whole
+from support.processes import run_processes
 from torch import Tensor, nn
 
 import wdkernels as wd
@@ -109,7 +107,7 @@ def of_four(folder: str) -> None:
 
 
 def test_from_two_processes_to_one_to_four(tmp_path: Path) -> None:
-    spawn(of_two, 2, tmp_path)
+    run_processes(2, tmp_path, of_two, str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there are no other processes
         for name, run in RUNS.items():
@@ -118,7 +116,7 @@ def test_from_two_processes_to_one_to_four(tmp_path: Path) -> None:
             train(net, optimizer, range(2, 4))
             compare(gathered(net, optimizer), unsharded(run, 4), exactly=not run.sums)
             save(f"{tmp_path}/{name}-1", net, optimizer)
-    spawn(of_four, 4, tmp_path)
+    run_processes(4, tmp_path, of_four, str(tmp_path))
 
 
 def full_and_offloaded(run: Run, net: nn.Module, optimizer: Any) -> None:
@@ -197,11 +195,8 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         folder.mkdir()
         for kill in [*kills, "never"]:
             (folder / "kill").write_text(kill)
-            (folder / "store-2").unlink(missing_ok=True)
             (folder / "waits").unlink(missing_ok=True)
-            running: Any = torch.multiprocessing.spawn(
-                *(one_of, (killable, 2, str(folder)), 2), join=kill == "never"
-            )
+            running = run_processes(2, folder, killable, str(folder), join=kill == "never")
             while kill != "never" and not (folder / "waits").exists():
                 assert all(each.is_alive() for each in running.processes)
                 time.sleep(0.05)
@@ -302,28 +297,3 @@ def odd_state_dicts() -> None:
     uneven = DTensor.from_local(m[: 1 + 2 * rank], mesh, [Shard(0)], shape=(4, 6), stride=(6, 1))
     with pytest.raises((ValueError, RuntimeError), match="exp_avg of parameter 0 of group 0"):
         new(Shard(0))[1].load_state_dict({**full, "state": {0: {**state, "exp_avg": uneven}}})
-
-
-# ---- processes -----------------------------------------------------------------------------------
-
-
-def spawn(check: Callable[[str], None], count: int, folder: Path) -> None:
-    torch.multiprocessing.spawn(one_of, args=(check, count, str(folder)), nprocs=count)
-
-
-def one_of(rank: int, check: Callable[[str], None], count: int, folder: str) -> None:
-    """A process of several, which have a file in common."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store-{count}", count)
-    dist.init_process_group("gloo", rank=rank, world_size=count, store=store)
-    warnings.simplefilter("ignore")
-    try:
-        check(folder)
-    except BaseException:
-        traceback.print_exc()
-        raise
-    dist.barrier()
-    dist.destroy_process_group()
-    # Not by way of the interpreter's end: there a process of these has aborted, 2 times in about 40
-    # ("terminate called without an active exception"), after its checks. The cause is not known.
-    os._exit(0)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import USUAL
+from support.processes import run_processes
 from torch import Tensor, nn
 
 import wdkernels as wd
@@ -45,9 +46,7 @@ def train(net: nn.Module, optimizer: Any, dtype: torch.dtype) -> None:
         optimizer.step()
 
 
-def check(rank: int, meeting: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+def check() -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
     from torch.distributed.tensor import DTensor, init_device_mesh
 
@@ -75,7 +74,6 @@ def check(rank: int, meeting: str) -> None:
         assert all(p.to_local().is_cpu for p in net.parameters())
         moved = zip(shards, net.parameters(), strict=True)
         assert all(p.numel() == 0 or not torch.equal(p, q.to_local()) for p, q in moved)
-    dist.destroy_process_group()
 
 
 def assert_close(x: Tensor, y: Tensor, place: str) -> None:
@@ -84,8 +82,7 @@ def assert_close(x: Tensor, y: Tensor, place: str) -> None:
 
 
 def test_shards_on_the_host(tmp_path: Path) -> None:
-    meeting = (tmp_path / "meeting").as_uri()
-    torch.multiprocessing.spawn(check, args=(meeting,), nprocs=2)
+    run_processes(2, tmp_path, check)
 
 
 def test_compute_copies_of_16_bits_follow_masters_of_32() -> None:

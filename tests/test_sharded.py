@@ -8,14 +8,15 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from support import METHODS, Variant, bits, native_missing, random, sliced
+from support.processes import run_processes
 from torch import Tensor
 
 import wdkernels as wd
@@ -37,7 +38,6 @@ from torch.distributed.tensor.placement_types import _StridedShard
 SHAPES = [(5, 3), (4,), (2, 3, 2), (1, 2), (8, 6), ()]
 STEPS = 3
 LATE, ABSENT = 1, 2  # a parameter without a gradient in step 0, another in step 1
-WITHIN = timedelta(seconds=60)  # nobody waits for longer
 BACKENDS = ["eager", *([] if native_missing else ["native"])]
 BEST = BACKENDS[-1]
 LOUD: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.2, "eps": 1e-2}
@@ -59,30 +59,20 @@ def processes(count: int) -> Callable[[Callable[[], None]], Callable[[], None]]:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes(count: int) -> None:
-    context = torch.multiprocessing.spawn(
-        _run_checks, args=(count, _free_port()), nprocs=count, join=False
-    )
-    while not context.join(timeout=5):
-        pass
+def test_processes(count: int, tmp_path: Path) -> None:
+    run_processes(count, tmp_path, run_checks, count)
 
 
-def _run_checks(rank: int, count: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def run_checks(count: int) -> None:
     warnings.simplefilter("error", UserWarning)
-    dist.init_process_group("gloo", rank=rank, world_size=count, timeout=WITHIN)
     for check in CHECKS[count]:
         if os.environ.get("CHECK") in (None, check.__name__):
             try:
                 check()
             except Exception as error:
-                raise AssertionError(f"process {rank} in {check.__name__}: {error}") from error
-    dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
+                raise AssertionError(
+                    f"process {dist.get_rank()}, {check.__name__}: {error}"
+                ) from error
 
 
 @cache
