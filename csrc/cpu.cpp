@@ -18,6 +18,10 @@ constexpr int kLanes = 16;
 // Terms that are added in their own type before they are added in double.
 constexpr int kRun = 16;
 
+// Before a lambda's body: the compiler takes it into the loop that calls it. A loop with a call in it
+// does not vectorise, and which large lambdas stay calls would be the compiler's choice.
+#define WDK_INLINE_BODY __attribute__((always_inline))
+
 // ---- elementwise -------------------------------------------------------------------------------
 
 // Elements of a stream that are asked of memory at a time, and how many bytes ahead of the loop; 0:
@@ -133,14 +137,14 @@ using ProjectedMeasuringSums = Sums<T, kFirstMeasured, kLastProjected>;
 // can serve, which costs a third of its speed.
 template <class S>
 void add_squares(GradientSums& sums, const S* __restrict g, int64_t n) {
-  const auto term = [=](int64_t i, double* terms) {
+  const auto term = [=](int64_t i, double* terms) WDK_INLINE_BODY {
     terms[kGradient2] = double(widen(g[i])) * double(widen(g[i]));
   };
   const int64_t quarter = n / (4 * kLanes) * kLanes;
   for (int64_t i = 0; i < quarter; i += kLanes)
     for (int k = 0; k < 4; ++k) sums.template add_run<1>(k * quarter + i, term);
   const int64_t rest = 4 * quarter;
-  sums.add(n - rest, [=](int64_t i, double* terms) { term(rest + i, terms); });
+  sums.add(n - rest, [=](int64_t i, double* terms) WDK_INLINE_BODY { term(rest + i, terms); });
 }
 
 // The maximum has no recurrence, so this phase computes it and the next one computes it again.
@@ -149,7 +153,7 @@ void add_maxima(MaximumSums& sums, const Tile<T>& s, T scale, T one_minus_beta2)
   const T* __restrict g = s.g;
   const T* __restrict v = s.v;
   const T* __restrict vmax = s.vmax;
-  sums.add(s.n, [=](int64_t i, double* terms) {
+  sums.add(s.n, [=](int64_t i, double* terms) WDK_INLINE_BODY {
     terms[kMaximum] = maximum(vmax[i], second_moment(v[i], scale * g[i], one_minus_beta2));
   });
 }
@@ -158,8 +162,8 @@ void add_maxima(MaximumSums& sums, const Tile<T>& s, T scale, T one_minus_beta2)
 template <bool anchored, bool amsgrad, class T>
 void step_and_sum(ProjectionSums<T>& sums, const Tile<T>& s, const Coefficients<T>& c) {
   static constexpr Variant is{Decay::projection, anchored, amsgrad, false};
-  sums.add(s.n, [w = s.w, g = s.g, m = s.m, v = s.v, vmax = s.vmax, a = s.a, c](int64_t i,
-                                                                                T(&terms)[kSums]) {
+  sums.add(s.n, [w = s.w, g = s.g, m = s.m, v = s.v, vmax = s.vmax, a = s.a, c](
+                    int64_t i, T(&terms)[kSums]) WDK_INLINE_BODY {
     Element<T> x{w[i], g[i], m[i], v[i], amsgrad ? vmax[i] : T(0), anchored ? a[i] : T(0), 0, 0};
     const T before = x.w;
     update(x, c, is);
@@ -178,7 +182,7 @@ void step_and_measure(S& sums, const Tile<T>& s, const Coefficients<T>& c) {
   static constexpr Variant is{decay, true, amsgrad, cautious};
   constexpr bool projected = decay == Decay::projection;
   const auto term = [w = s.w, g = s.g, m = s.m, v = s.v, vmax = s.vmax, a = s.a, c](
-                        int64_t i, T(&terms)[kSums]) {
+                        int64_t i, T(&terms)[kSums]) WDK_INLINE_BODY {
     Element<T> x{w[i], g[i], m[i], v[i], amsgrad ? vmax[i] : T(0), a[i], 0, 0};
     const T before = x.w;
     update(x, c, is);
