@@ -50,9 +50,11 @@ void step(const Tile<T>& s, const Coefficients<T>& coefficients) {
   T* __restrict vmax = s.vmax;
   const T* __restrict a = s.a;
   const int n = s.n;
+  constexpr int ahead = kAhead / sizeof(T);
   for (int begin = 0, end; begin < n; begin = end) {
-    end = kAsked && n - begin > kAsked ? begin + kAsked : n;
-    if (kAsked) ask_for(w + begin), ask_for(g + begin), ask_for(m + begin), ask_for(v + begin);
+    const bool asks = kAsked && n - begin > ahead;  // else it is another tensor's, or nobody's
+    end = asks ? begin + kAsked : n;
+    if (asks) ask_for(w + begin), ask_for(g + begin), ask_for(m + begin), ask_for(v + begin);
     for (int i = begin; i < end; ++i) {
       Element<T> x{w[i], g[i], m[i], v[i], amsgrad ? vmax[i] : T(0), anchored ? a[i] : T(0), 0, 0};
       update(x, c, is);
