@@ -3,13 +3,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 
 export CXX
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo sharded claims claims-verdicts test bench gpu lint wheel wheels clean
+.PHONY: help demo sharded claims claims-verdicts test clients bench gpu lint wheel wheels clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,6 +31,9 @@ claims-verdicts: $(VENV)/installed ## recompute every verdict from docs/claims/*
 test: $(VENV)/installed ## run the tests
 	$(BIN)/python -m pytest
 
+clients: $(VENV)/installed $(CLIENTS)/ready ## train by others' tools: Trainer, PEFT, Accelerate, Lightning, torchtitan
+	PYTHONPATH=$(CURDIR) $(CLIENTS)/bin/python -m pytest tests/clients
+
 bench: $(VENV)/installed ## compare speed with torch.optim and others (bench/results/)
 	$(BIN)/python -m bench
 
@@ -48,8 +52,8 @@ wheel: $(VENV)/ready ## build a source archive, and from it a wheel (dist/)
 wheels: $(VENV)/ready ## wheels to hand out: without CUDA, and for each toolkit in CUDA_HOMES
 	.ci/wheels $(BIN)/python
 
-clean: ## remove whatever the other targets made, .venv included
-	rm -rf $(VENV) build dist claims/out examples/out *.egg-info wdkernels/_C.*.so
+clean: ## remove whatever the other targets made, environments included
+	rm -rf $(VENV) $(CLIENTS) build dist claims/out examples/out *.egg-info wdkernels/_C.*.so
 	rm -rf .benchmarks .hypothesis .*_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
@@ -62,6 +66,12 @@ $(VENV)/installed: $(VENV)/ready setup.py pyproject.toml CMakeLists.txt $(wildca
 $(VENV)/ready: requirements-dev.txt | $(BIN)/python
 	@echo "Installing torch and the tools of requirements-dev.txt into $(VENV): minutes, once."
 	$(BIN)/python -m pip install --requirement requirements-dev.txt
+	@touch $@
+
+$(CLIENTS)/ready: requirements-clients.txt | $(BIN)/python
+	@echo "Installing torch and the tools of requirements-clients.txt into $(CLIENTS): minutes, once."
+	$(BIN)/python -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --requirement requirements-clients.txt
 	@touch $@
 
 # What a machine may lack is said here, before anything is downloaded.
