@@ -5,7 +5,8 @@ those of ours that differ from their defaults, and of which optimizer it is: whe
 decoupled, as torch's says it, and where that is not all, the `method`. So a loader that asks for
 what one of Adam or AdamW holds, as torch.distributed.checkpoint does, finds all of it in what
 torch.optim wrote. That also says how torch does it (`foreach`, `fused`); it may carry entries of
-ours along, but has not kept them up.
+ours along, but has not kept them up. Those of apex and Transformer Engine are put into torch's
+words first (foreign.py).
 
 Entries that are not ours are copied as they are.
 """
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from wdkernels import checks, shards, state
+from wdkernels import checks, foreign, shards, state
 from wdkernels.options import (
     GROUP_OPTIONS,
     NUMBERS,
@@ -87,7 +88,7 @@ def merged(target: Target, state_dict: dict[str, Any]) -> Loaded:
     """
     error: Exception | None = None
     try:
-        loaded, work = _checked(target, state_dict)
+        loaded, work = _checked(target, foreign.translated(state_dict, target.groups))
     except Exception as raised:
         error = raised
     if target.reducer is not None:

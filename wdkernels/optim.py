@@ -305,7 +305,9 @@ class _Adam(torch.optim.Optimizer):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class or of torch.optim.Adam / AdamW.
+        """Load a state dict of this class, of torch.optim.Adam / AdamW, or of apex's, Transformer
+        Engine's or DeepSpeed's fused Adam (docs/migration.md; where it keeps the lower halves of
+        bfloat16 weights, load the model first).
 
         Tensors are copied. A group's options come from the state dict, as in torch.optim: one that
         was saved with ema_decay=None goes on without averages, and they begin anew, as the weights
