@@ -250,11 +250,15 @@ def test_schedulers_keep_the_proportions() -> None:
 def test_the_table_says_what_is_where() -> None:
     model = GPT(layers=2)
     model.head.requires_grad_(False)
-    lines = str(wd.param_groups(model, 0.2)).splitlines()
+    groups = wd.param_groups(model, 0.2)
+    lines = str(groups).splitlines()
     assert lines[0].split() == ["group", "weight_decay", "lr", "tensors", "numbers", "first"]
     # Of each block: attention in 12x4 and out 4x4, two matrices of 4x8.
     assert lines[2].split() == ["decay", "0.2", "8", "256", "blocks.0.attention.in_proj_weight"]
     assert lines[-1].split() == ["frozen:", "in", "no", "group", "2", "head.weight"]
+    wd.AdamW(groups)
+    taken = str(groups).splitlines()  # torch has put names elsewhere, and an lr into each group
+    assert taken[2].split() == ["decay", "0.2", "0.001", *lines[2].split()[2:]]
     decayed = str(wd.param_groups(model, 0.2, layer_decay=0.5, lr=0.1)).splitlines()
     assert any(line.split()[:3] == ["layer_2.decay", "0.2", "0.05"] for line in decayed)
 

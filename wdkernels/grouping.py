@@ -28,7 +28,10 @@ class ParamGroups(list[dict[str, Any]]):
         and numbers it holds, and the first of their names."""
         lines = [["group", "weight_decay", "lr", "tensors", "numbers", "first"]]
         for group in self:
-            names, tensors = zip(*group["params"], strict=True)
+            if "param_names" in group:  # where an optimizer has taken them
+                names, tensors = group["param_names"], group["params"]
+            else:
+                names, tensors = zip(*group["params"], strict=True)
             lr = f"{group['lr']:.4g}" if "lr" in group else ""
             numbers = f"{sum(p.numel() for p in tensors):,}"
             decay = f"{group['weight_decay']:.4g}"
