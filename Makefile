@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo sharded claims claims-verdicts test clients bench gpu lint wheel wheels clean
+.PHONY: help demo sharded claims claims-verdicts test clients docs bench gpu lint wheel wheels clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -32,7 +32,10 @@ test: $(VENV)/installed ## run the tests
 	$(BIN)/python -m pytest
 
 clients: $(VENV)/installed $(CLIENTS)/ready ## train by others' tools: Trainer, PEFT, Accelerate, Lightning, torchtitan
-	PYTHONPATH=$(CURDIR) $(CLIENTS)/bin/python -m pytest tests/clients
+	PYTHONPATH=$(CURDIR) $(CLIENTS)/bin/python -m pytest tests/clients tests/test_docs.py
+
+docs: $(VENV)/installed ## build the documentation as a site (site/)
+	$(BIN)/mkdocs build
 
 bench: $(VENV)/installed ## compare speed with torch.optim and others (bench/results/)
 	$(BIN)/python -m bench
@@ -53,7 +56,7 @@ wheels: $(VENV)/ready ## wheels to hand out: without CUDA, and for each toolkit 
 	.ci/wheels $(BIN)/python
 
 clean: ## remove whatever the other targets made, environments included
-	rm -rf $(VENV) $(CLIENTS) build dist claims/out examples/out *.egg-info wdkernels/_C.*.so
+	rm -rf $(VENV) $(CLIENTS) build dist site claims/out examples/out *.egg-info wdkernels/_C.*.so
 	rm -rf .benchmarks .hypothesis .*_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
