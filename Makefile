@@ -32,7 +32,8 @@ test: $(VENV)/installed ## run the tests
 	$(BIN)/python -m pytest
 
 clients: $(VENV)/installed $(CLIENTS)/ready ## train by others' tools: Trainer, PEFT, Accelerate, Lightning, torchtitan
-	PYTHONPATH=$(CURDIR) $(CLIENTS)/bin/python -m pytest tests/clients tests/test_docs.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) \
+	    $(CLIENTS)/bin/python -m pytest tests/clients tests/test_docs.py
 
 docs: $(VENV)/installed ## build the documentation as a site (site/)
 	$(BIN)/mkdocs build
