@@ -97,11 +97,11 @@ def prediction(
         says="so it is",
         measure="number",
         numbers=lambda _: pd.Series(numbers, dtype=float),
-        direction=direction,  # type: ignore[arg-type]
+        direction=direction,
         threshold=threshold,
         runs=len(numbers),
         baseline="none",
-        **more,  # type: ignore[arg-type]
+        **more,
     )
 
 

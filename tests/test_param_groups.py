@@ -166,7 +166,7 @@ def test_a_tied_weight_is_in_one_group_once() -> None:
             tied = nn.Module()
             tied.head, tied.embedding = nn.Linear(4, 5), nn.Embedding(5, 4)
             tied.embedding.weight = tied.head.weight
-            model = tied  # type: ignore[assignment]
+            model = tied
         groups = wd.param_groups(model, 0.2)
         every = [p for group in groups for _, p in group["params"]]
         assert len(every) == len({*map(id, every)}) == len([*model.parameters()])

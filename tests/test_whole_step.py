@@ -817,6 +817,11 @@ def test_names_rows_and_writers(backend: str) -> None:
     assert numbers["total"]["sqrt_mean_v"] == told.total["sqrt_mean_v"].item()
     assert numbers["0.weight"]["sqrt_mean_v"] == numbers["total"]["sqrt_mean_v"]
     assert told.rows() == [{"parameter": name, **row} for name, row in numbers.items()]
+    head, *lines = (line.split() for line in str(told).splitlines())
+    assert head == ["step", "4", *dict.fromkeys(key for row in numbers.values() for key in row)]
+    printed = {name: [f"{x:.4g}" for x in row.values()] for name, row in numbers.items()}
+    assert {name: cells for name, *cells in lines} == printed
+    assert len({len(line) for line in str(told).splitlines()[:-1]}) == 1  # columns are aligned
     for step in (None, 77):
         writer = Writer()
         told.write(writer, *(() if step is None else (step,)))

@@ -17,6 +17,7 @@ from torch import Tensor
 import wdkernels
 from wdkernels import native
 from wdkernels.backends import MODULES, chosen
+from wdkernels.tables import aligned
 
 _C: Any = getattr(native, "_C", None)  # the compiled module, where there is one
 OPTIMIZERS = (wdkernels.Adam, wdkernels.AdamW, wdkernels.AdamSWD, wdkernels.AdamSPD)
@@ -28,9 +29,9 @@ TOLERANCE = 1e-5
 
 
 def main() -> int:
-    print(table(environment()), table(backends()), sep="\n\n", end="\n\n", flush=True)
+    print(aligned(environment()), aligned(backends()), sep="\n\n", end="\n\n", flush=True)
     checks = [(x, each, self_check(each, x)) for x in devices() for each in OPTIMIZERS]
-    print(table(results(checks)))
+    print(aligned(results(checks)))
     if any(problem for _, _, problem in checks):
         print("\nThe self-check FAILED: do not train with what failed above.")
         return 1
@@ -109,14 +110,6 @@ def _version_of(package: str) -> str:
 
 def _capability(chip: int) -> str:
     return f"{chip // 10}.{chip % 10}"
-
-
-def table(rows: Iterable[tuple[str, ...]]) -> str:
-    """Columns as wide as they must be."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "\n".join(lines)
 
 
 # ---- whether it is right -----------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from wdkernels.options import number
+from wdkernels.tables import aligned
 
 
 class ParamGroups(list[dict[str, Any]]):
@@ -38,14 +39,7 @@ class ParamGroups(list[dict[str, Any]]):
             lines.append([group["name"], decay, lr, str(len(tensors)), numbers, names[0]])
         if self.frozen:
             lines.append(["frozen: in no group", "", "", str(len(self.frozen)), "", self.frozen[0]])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i in (0, 5) else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        return aligned(lines, right=range(1, 5))
 
 
 class _Owner(NamedTuple):

@@ -41,17 +41,21 @@ def is_shard(p: Tensor) -> bool:
     return not layouts.has_memory(p) and hasattr(p, "_local_tensor")
 
 
+def _part_here(x: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes of what this process holds of a DTensor by its placements, and where it begins."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    return tuple(sizes), tuple(offset)
+
+
 def numbering_of(p: Tensor) -> Numbering:
     """Which of the whole tensor's elements those in this process are, as they lie in memory."""
     if not is_shard(p) or p.numel() == 0:
         return Numbering()
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     here: Any = p
     local = layouts.local(p)
-    sizes, offset = compute_local_shape_and_global_offset(
-        here.shape, here.device_mesh, here.placements
-    )
+    sizes, offset = _part_here(here)
     outer = sorted(range(p.dim()), key=local.stride, reverse=True)  # dimensions, outermost first
     first, stride = 0, 1
     for d in reversed(outer):
@@ -95,7 +99,7 @@ def check_loadable(p: Tensor, saved: Mapping[str, Any], name: str) -> None:
         there: Any = x
         here: Any = p
         same = sorted(there.device_mesh.mesh.flatten()) == sorted(here.device_mesh.mesh.flatten())
-        if same and layouts.local(x).shape == _shape_here(there):
+        if same and layouts.local(x).shape == _part_here(there)[0]:
             continue
         raise ValueError(
             f"{key} of {name} is {there.placements} on {there.device_mesh} and has here "
@@ -103,13 +107,6 @@ def check_loadable(p: Tensor, saved: Mapping[str, Any], name: str) -> None:
             f"of {here.device_mesh} hold: each must load what it has saved. To go on with another "
             "number of processes save by torch.distributed.checkpoint, or full tensors"
         )
-
-
-def _shape_here(x: Any) -> tuple[int, ...]:
-    """Of what this process holds of a DTensor, by its placements."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    return tuple(compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)[0])
 
 
 def alike(x: Tensor, p: Tensor) -> bool:

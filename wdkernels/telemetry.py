@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wdkernels.tables import aligned
+
 # The columns of the table that the backends write, a row for each parameter with a gradient; NaN
 # where they have not. Old weights w, the gradient g, Adam's step u (wdkernels/optim.py).
 COLUMNS = (
@@ -122,11 +124,7 @@ class Telemetry(Mapping[str, Mapping[str, Tensor]]):
             [name, *(f"{row[key]:.4g}" if key in row else "" for key in keys)]
             for name, row in found.items()
         ]
-        first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
-        return "\n".join(
-            "  ".join([name.ljust(first), *map(str.rjust, cells, widths)]).rstrip()
-            for name, *cells in lines
-        )
+        return aligned(lines, right=range(1, len(keys) + 1))
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each parameter and one for the total, as for `pandas.DataFrame`."""

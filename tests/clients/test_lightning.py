@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings(
 def module(cls: Any, **options: Any) -> Any:
     lightning = needs("lightning")
 
-    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+    class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.net, self.losses = Net(), []
@@ -87,7 +87,7 @@ def test_its_checkpoints(tmp_path: Path) -> None:
         file = str(tmp_path / f"{cls.__module__}.ckpt")
         states: list[Any] = []
 
-        class Save(needs("lightning").Callback):  # type: ignore[misc]
+        class Save(needs("lightning").Callback):
             def on_train_epoch_end(
                 self, trainer: Any, module: Any, file: str = file, states: Any = states
             ) -> None:
@@ -95,7 +95,7 @@ def test_its_checkpoints(tmp_path: Path) -> None:
                     trainer.save_checkpoint(file)
                     states.append([x.clone() for x in optimizer_state(module)])
 
-        class Look(needs("lightning").Callback):  # type: ignore[misc]
+        class Look(needs("lightning").Callback):
             def on_train_start(self, _: Any, module: Any, states: Any = states) -> None:
                 states.append([x.clone() for x in optimizer_state(module)])
 

@@ -18,7 +18,7 @@ def container(model: Any, kind: str, options: dict[str, Any]) -> Any:
     """With ours among the optimizers it knows by name."""
     optimizer = needs("torchtitan.components.optimizer")
 
-    class Container(optimizer.OptimizersContainer):  # type: ignore[misc, name-defined]
+    class Container(optimizer.OptimizersContainer):
         @staticmethod
         def _resolve_optimizer_factory(name: str) -> Any:
             if name.startswith("wd."):
